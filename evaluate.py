@@ -1,0 +1,391 @@
+"""What an encoder has learned, in numbers and in pictures.
+
+    h = embed(network, dataset.test_x)                          # [N,D], frozen encoder, eval mode
+    linear_probe(train_h, train_y, h, y), knn_accuracy(train_h, train_y, h, y)
+    cluster_scores(h, y)                                        # {"ari", "nmi", "silhouette", "accuracy"}
+    forgetting(per_class_accuracy), novelty_auroc(score, is_new)
+
+`python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings) and comparison.png.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Okabe & Ito's colours, which colour-blind people can tell apart, and markers so that colour is not needed.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#8B5A2B", "#999999")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
+STAGE_SHADES = ("#FFFFFF", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(network: nn.Module, x: Tensor, part: str = "h", batch_size: int = 512, bf16: bool = False) -> Tensor:
+    """What a network makes of images uint8 or float [N,3,H,W], in eval mode: float32, on their device.
+
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. The network is left as it was.
+    """
+    place = ("h", "z", "logits").index(part)
+    training = network.training
+    network.eval()
+    out = []
+    for images in x.split(batch_size):
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            out.append(network(images.contiguous(memory_format=torch.channels_last))[place].float())
+    network.train(training)
+    return torch.cat(out)
+
+
+def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2: float = 1e-3, steps: int = 100) -> float:
+    """Test accuracy (0..1) of multinomial logistic regression on frozen embeddings [N,D], standardised.
+
+    Minimises mean cross-entropy + l2 |W|^2 with L-BFGS; scikit-learn's LogisticRegression with C = 1 / (2 l2 N) is the same.
+    """
+    mean, std = train_h.mean(0), train_h.std(0, correction=0).clamp(min=1e-6)
+    train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
+    linear = nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(train_h), train_y) + l2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return (linear(test_h).argmax(1) == test_y).float().mean().item()
+
+
+@torch.no_grad()
+def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.1) -> float:
+    """Test accuracy (0..1) of the k nearest training embeddings by cosine, voting with weight exp(cosine / temperature)."""
+    train_h, test_h = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1)
+    right = 0
+    for h, y in zip(test_h.split(1000), test_y.split(1000), strict=True):
+        similarity, near = (h @ train_h.T).topk(min(k, len(train_h)), dim=1)  # (b, k)
+        votes = torch.zeros(len(h), int(train_y.max()) + 1, device=h.device)
+        votes.scatter_add_(1, train_y[near], (similarity / temperature).exp())
+        right += int((votes.argmax(1) == y).sum())
+    return right / len(test_y)
+
+
+def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float]:
+    """Accuracy (0..1) of each class; NaN for a class without images."""
+    right = (predicted == y).double()
+    count = y.bincount(minlength=num_classes)[:num_classes]
+    return (torch.zeros(num_classes, dtype=torch.double, device=y.device).index_add_(0, y, right) / count).tolist()
+
+
+def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
+    """Per class, best accuracy so far minus accuracy now: accuracy [epochs, classes] in 0..1 -> [classes]."""
+    accuracy = np.asarray(accuracy, dtype=float)
+    return accuracy.max(0) - accuracy[-1]
+
+
+def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
+    """How well a score [N] (higher: more novel) tells new images from known ones (is_new: bool [N]): area under the ROC, 0..1."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(is_new.cpu().numpy(), score.cpu().numpy()))
+
+
+# ---- clusters -------------------------------------------------------------------------------------------------------
+
+
+def cluster_scores(h: Tensor, y: Tensor, seed: int = 0, sample: int = 2000) -> dict[str, float]:
+    """k-means on the unit embeddings h [N,D], one cluster per class in y [N], against the classes.
+
+    ari (-0.5..1), nmi (0..1), accuracy (0..1, under the best one-to-one match of clusters and classes) and the silhouette
+    (-1..1) of the clusters on a fixed sample. Read accuracy together with ari: alone it hides a collapse.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
+
+    unit, y = F.normalize(h.float(), dim=1).cpu().numpy(), y.cpu().numpy()
+    _, y = np.unique(y, return_inverse=True)
+    found = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(unit)
+    table = np.zeros((found.max() + 1, y.max() + 1), dtype=int)
+    np.add.at(table, (found, y), 1)
+    chosen = np.random.default_rng(seed).permutation(len(y))[:sample]
+    several = 1 < len(np.unique(found[chosen])) < len(chosen)
+    return {
+        "ari": float(adjusted_rand_score(y, found)),
+        "nmi": float(normalized_mutual_info_score(y, found)),
+        "silhouette": float(silhouette_score(unit[chosen], found[chosen])) if several else 0.0,
+        "accuracy": float(table[linear_sum_assignment(-table)].sum() / len(y)),
+    }
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure that needs no screen, and its axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def save(fig, path: str | Path) -> None:
+    """Write a figure and forget it."""
+    import matplotlib.pyplot as plt
+
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def shade_stages(ax, x: Sequence[float], names: Sequence[str]) -> None:
+    """Tint the background by stage and write the stage's name along the top."""
+    starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+    half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
+    for n, i in enumerate(starts):
+        left = x[i] - half
+        right = x[starts[n + 1]] - half if n + 1 < len(starts) else x[-1] + half
+        ax.axvspan(left, right, color=STAGE_SHADES[n % len(STAGE_SHADES)], zorder=0, linewidth=0)
+        ax.text((left + right) / 2, 1.01, names[i], transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    ax.set_xlim(x[0] - half, x[-1] + half)
+
+
+def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
+    """The run over its epochs: accuracy by class, losses, labels and pseudo-labels. rows: those of log.csv."""
+    x, stages = [row["epoch"] for row in rows], [row["stage"] for row in rows]
+    fig, axes = figure(9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3))
+    for c, name in enumerate(classes[: len(COLOURS)] if len(classes) <= len(COLOURS) else []):
+        y = [row[f"accuracy_{name}"] for row in rows]
+        style = dict(linestyle="-" if c < known else "--", marker=MARKERS[c], markevery=(c % 4, 4), markersize=4)
+        axes[0].plot(x, y, color=COLOURS[c], linewidth=1.1, alpha=0.9, label=name if c < known else f"{name} (late)", **style)
+    axes[0].plot(x, [row["accuracy"] for row in rows], color="black", linewidth=2.5, label="all classes")
+    axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
+    axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    terms = [key for key in rows[0] if key.startswith("loss_")]
+    for term, colour in zip(terms, COLOURS, strict=False):
+        y = [row[term] if row[term] is not None else np.nan for row in rows]
+        if not np.isnan(y).all():
+            axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=MARKERS[COLOURS.index(colour)], markersize=3)
+    axes[1].set(ylabel="loss, unweighted", ylim=(0, None))
+    axes[2].plot(x, [row["label_fraction"] for row in rows], color="black", linewidth=2, label="labels known, of all images")
+    for key, label, colour, marker in (
+        ("pseudo_accuracy", "pseudo-labels right", COLOURS[0], "o"),
+        ("pseudo_coverage", "pseudo-labels with confidence > 0.8", COLOURS[1], "s"),
+    ):
+        y = [row[key] if row[key] is not None else np.nan for row in rows]
+        if not np.isnan(y).all():
+            axes[2].plot(x, y, color=colour, marker=marker, markersize=3, label=label)
+    axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
+    for ax in axes[1:]:
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    for ax in axes:
+        shade_stages(ax, x, stages)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    save(fig, path)
+
+
+def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
+    """Schedules side by side: {name: the Stage of every epoch}. Classes and labels as shares, the mix as weights."""
+    columns = min(3, len(schedules))
+    lines = -(-len(schedules) // columns)
+    fig, axes = figure(max(8, 4.3 * columns), 0.8 + 3.1 * lines, lines, columns, squeeze=False)
+    for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
+        x = np.linspace(0, 1, len(stages))
+        total = max(max(s.classes for s in all_stages) for all_stages in schedules.values())
+        ax.fill_between(x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen")
+        ax.fill_between(x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named")
+        labels = [s.label_fraction for s in stages]
+        ax.plot(x, labels, color="black", linewidth=2, label="labels, of a class")
+        for i, term in enumerate(stages[0].mix):
+            ax.plot(x, [s.mix[term] for s in stages], color=COLOURS[i], marker=MARKERS[i], markevery=0.12, markersize=4, label=term)
+        ax.plot(x, [s.sparsity for s in stages], color="#777777", linestyle=":", label="sparsity")
+        ax.set(title=name, xlabel="progress", xlim=(0, 1), ylim=(-0.03, 1.08))
+    for ax in axes.flat[len(schedules) :]:
+        ax.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False)
+    save(fig, path)
+
+
+def project(h: Tensor, method: str = "tsne") -> np.ndarray:
+    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap". Raises ValueError if umap-learn is not installed."""
+    unit = F.normalize(h.float(), dim=1).cpu().numpy()
+    if method == "umap":
+        try:
+            from umap import UMAP
+        except ImportError:
+            raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne") from None
+        return UMAP(random_state=0).fit_transform(unit)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        return TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0).fit_transform(unit)
+    from sklearn.decomposition import PCA
+
+    return PCA(2, random_state=0).fit_transform(unit)
+
+
+def draw_embedding(
+    h: Tensor, y: Tensor, classes: Sequence[str], path: str | Path, method: str = "tsne", known: int | None = None, sample: int = 2000
+) -> None:
+    """A random sample of the embeddings in two dimensions, one colour and marker a class; late classes are filled darker."""
+    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(y))[:sample])
+    points, y = project(h[chosen.to(h.device)], method), y.cpu()[chosen].numpy()
+    fig, ax = figure(8, 6.2)
+    for c, name in enumerate(classes):
+        late = known is not None and c >= known
+        mine = points[y == c]
+        colour, marker = COLOURS[c % len(COLOURS)], MARKERS[(c + c // len(COLOURS)) % len(MARKERS)]
+        edge = dict(edgecolors="black", linewidths=0.5) if late else dict(linewidths=0)
+        label = None if len(classes) > 20 else f"{name} (late)" if late else name
+        ax.scatter(*mine.T, s=20, color=colour, marker=marker, alpha=0.8, label=label, **edge)
+        if len(mine) and len(classes) <= 20:
+            box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
+            ax.text(*np.median(mine, 0), name, ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
+    kind = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method]
+    ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({kind})", xticks=[], yticks=[])
+    if len(classes) <= 20:
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    save(fig, path)
+
+
+def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: str | Path) -> None:
+    """Which class is taken for which: rows are true, columns predicted, in the order of arrival; per cent of the row."""
+    n = len(classes)
+    table = torch.zeros(n, n).index_put_((y.cpu(), predicted.cpu()), torch.ones(len(y)), accumulate=True).numpy()
+    share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
+    size = max(5.5, 0.55 * n) if n <= 20 else 8
+    fig, ax = figure(size + 1, size)
+    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    fig.colorbar(image, ax=ax, shrink=0.8, label="% of the true class")
+    if n <= 20:
+        for (i, j), value in np.ndenumerate(share):
+            if value >= 0.5:
+                ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=9)
+        ax.set_xticks(range(n), classes, rotation=45, ha="right")
+        ax.set_yticks(range(n), classes)
+    right = 100 * np.trace(table) / max(table.sum(), 1)
+    ax.set(xlabel="predicted", ylabel="true", title=f"Test images: {right:.1f} % right")
+    save(fig, path)
+
+
+# ---- comparison of runs ---------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    *("accuracy", "old_accuracy", "new_accuracy", "first_sight", "probe", "probe_leaked", "knn"),
+    *("ari", "nmi", "silhouette", "forgetting", "sparsity"),
+)
+NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "command")
+
+
+def read_run(folder: str | Path) -> tuple[dict, dict]:
+    """args.json and summary.json of a finished run. Raises ValueError, in one line, if they are not there or not whole."""
+    try:
+        return tuple(json.loads((Path(folder) / name).read_text()) for name in ("args.json", "summary.json"))
+    except OSError as error:
+        raise ValueError(f"{folder}: not a finished run ({Path(error.filename).name} is not there)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: damaged ({error})") from None
+
+
+def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
+    """Group runs by their settings, seeds apart: {name: {"runs": n, column: values [n], ...}}, in the order given.
+
+    The name is the curriculum, followed by the settings in which the groups differ. A figure that a run does not have is NaN.
+    """
+    groups: dict[str, list[tuple[dict, dict]]] = {}
+    for folder in folders:
+        args, summary = read_run(folder)
+        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in NOT_SETTINGS})
+        groups.setdefault(key, []).append((args, summary))
+    settings = [json.loads(key) for key in groups]
+    differing = [k for k in settings[0] if k != "curriculum" and len({json.dumps(s.get(k)) for s in settings}) > 1]
+    result = {}
+    for setting, runs in zip(settings, groups.values(), strict=True):
+        name = " ".join([setting["curriculum"], *(f"{k.replace('_', '-')}={setting.get(k)}" for k in differing)])
+        values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s in runs], dtype=float) for c in COLUMNS}
+        result[name] = {"runs": len(runs), "labels_used": runs[0][1]["labels_used"], **values}
+    return result
+
+
+def spread(values: np.ndarray) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for one value), without a warning for what is missing."""
+    there = values[~np.isnan(values)]
+    return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
+
+
+def comparison_table(result: dict[str, dict]) -> str:
+    """The comparison as aligned text, in per cent but for ARI, NMI and silhouette."""
+    width = max(len(name) for name in result) + 2
+    titles = ("accuracy", "old", "new", "first sight", "probe", "probe leaked", "kNN", "ARI", "NMI", "silhouette", "forgetting", "sparsity")
+    lines = ["".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{t:>14}" for t in titles)])]
+    for name, row in result.items():
+        cells = []
+        for column in COLUMNS:
+            mean, std = spread(row[column])
+            unit, digits = (1, 3) if column in ("ari", "nmi", "silhouette") else (100, 1)
+            text = "-" if np.isnan(mean) else f"{unit * mean:.{digits}f}"
+            cells.append(f"{text if np.isnan(std) else f'{text} ± {unit * std:.{digits}f}':>14}")
+        lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
+    return "\n".join(lines)
+
+
+def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
+    """Bars with the standard deviation over runs, one panel for accuracies and one for clusters."""
+    panels = (
+        ("accuracy", ("accuracy", "probe_leaked", "probe", "knn"), ("head", "probe, same labels", "probe, all labels", "kNN, all labels")),
+        ("clusters of the test embeddings", ("ari", "nmi"), ("ARI", "NMI")),
+    )
+    fig, axes = figure(11, 1.6 + 0.62 * len(result), 1, 2, sharey=True, width_ratios=(3, 2))
+    for ax, (title, columns, labels) in zip(axes, panels, strict=True):
+        height = 0.8 / len(columns)
+        for i, (column, label) in enumerate(zip(columns, labels, strict=True)):
+            stats = [spread(row[column]) for row in result.values()]
+            y = np.arange(len(result)) + (i - (len(columns) - 1) / 2) * height
+            mean = [m for m, _ in stats]
+            ax.barh(y, np.nan_to_num(mean), height * 0.92, xerr=np.nan_to_num([s for _, s in stats]), color=COLOURS[i], label=label)
+            for value, (m, s) in zip(y, stats, strict=True):
+                if not np.isnan(m):
+                    ax.text(m + np.nan_to_num(s) + 0.01, value, f"{m:.2f}", va="center", fontsize=8)
+        ax.set(title=title, xlim=(0, 1.08))
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4, frameon=False, fontsize=9)
+    axes[0].set_yticks(
+        range(len(result)),
+        [f"{name}\n{row['labels_used']:,} labels, {row['runs']} run{'s' * (row['runs'] > 1)}" for name, row in result.items()],
+    )
+    axes[0].invert_yaxis()
+    save(fig, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare the runs named on the command line."""
+    parser = argparse.ArgumentParser(description="Compare finished runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, each with args.json and summary.json")
+    parser.add_argument("--out", default="comparison.png", help="where the figure goes (default: comparison.png)")
+    args = parser.parse_args(argv)
+    try:
+        result = compare(args.runs)
+        print(comparison_table(result))
+        draw_comparison(result, args.out)
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"\nDrawn to {args.out}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The network: an encoder, a projector for the self-supervised losses, and a head that grows with the classes.
+
+    network = build("vgg16", num_classes=7)
+    h, z, logits = network(x)       # x float [B,3,32,32] in 0..1 -> h [B,512], unit z [B,128], logits [B,7]
+
+The images are normalised inside, so that a saved network needs nothing but pixels. The VGGs follow Simonyan & Zisserman
+2014 (arXiv 1409.1556) with batch norm and one pooled feature vector in place of the fully connected layers; any
+classification model of torchvision serves as encoder too, with its stem changed for small images.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Channels of the 3x3 convolutions; "M" is a 2x2 max-pool.
+CONFIGS: dict[str, list[int | str]] = {
+    "cnn": [32, "M", 64, "M", 128, "M"],
+    "vgg-small": [32, 32, "M", 64, 64, "M", 128, 128, "M", 256, 256, "M"],
+    "vgg11": [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"],
+    "vgg16": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"],
+}
+
+
+class VGG(nn.Sequential):
+    """Convolutions with batch norm and ReLU, pooled to one vector: [B,3,H,W] -> [B,dim]."""
+
+    def __init__(self, config: Sequence[int | str]):
+        layers: list[nn.Module] = []
+        width = 3
+        for item in config:
+            if item == "M":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(width, item, 3, padding=1, bias=False), nn.BatchNorm2d(item), nn.ReLU(inplace=True)]
+                width = item
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        for module in self:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class CosineHead(nn.Linear):
+    """Scaled cosine between an embedding and one direction per class: [B,D] -> [B,C], computed in float32.
+
+    A new class needs nothing but a direction, so its row can be imprinted (Qi, Brown & Lowe 2018, arXiv 1712.07136).
+    scale: inverse temperature of the softmax over the cosines (16).
+    """
+
+    def __init__(self, dim: int, num_classes: int, scale: float = 16.0):
+        super().__init__(dim, num_classes, bias=False)
+        self.scale = scale
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            return self.scale * F.linear(F.normalize(h.float(), dim=1), F.normalize(self.weight, dim=1))
+
+
+class Network(nn.Module):
+    """encoder [B,3,H,W] -> [B,dim], projector -> unit rows [B,projection], head -> logits [B,C]."""
+
+    def __init__(self, encoder: nn.Module, dim: int, num_classes: int, projection: int, mean: Sequence, std: Sequence):
+        super().__init__()
+        self.encoder = encoder
+        self.norm = nn.BatchNorm1d(dim, affine=False)
+        self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(inplace=True), nn.Linear(dim, projection))
+        self.head = CosineHead(dim, num_classes)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images float [B,3,H,W] in 0..1 -> h [B,dim]."""
+        return self.norm(self.encoder((x - self.mean) / self.std))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images float [B,3,H,W] in 0..1 -> h [B,dim], z [B,projection] (unit rows), logits [B,C]; z and logits float32."""
+        h = self.embed(x)
+        return h, F.normalize(self.projector(h).float(), dim=1), self.head(h)
+
+
+def build(
+    name: str,
+    num_classes: int,
+    projection: int = 128,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+) -> Network:
+    """A network with the encoder `name`: one of CONFIGS, or any classification model of torchvision ("resnet18", ...).
+
+    num_classes: units the head starts with; projection: width of z; mean, std: of the images, per channel, in 0..1.
+    Raises ValueError for a name that is not known or a model that cannot take 32x32 images.
+    """
+    if name in CONFIGS:
+        encoder, dim = VGG(CONFIGS[name]), [c for c in CONFIGS[name] if c != "M"][-1]
+    else:
+        encoder, dim = torchvision_encoder(name)
+    return Network(encoder, dim, num_classes, projection, mean, std)
+
+
+def torchvision_encoder(name: str) -> tuple[nn.Module, int]:
+    """A torchvision classification model without its classifier, for 32x32 images, and the width of its features.
+
+    Made for 224x224, these models reduce an image by four before the first block, which costs a 32x32 image most of its
+    detail: the first convolution is replaced by one of stride 1 (3x3; 4x4 patches for transformers) and a max-pool behind it removed.
+    """
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*CONFIGS, *known], n=1)
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown model '{name}'{hint}; use {', '.join(CONFIGS)} or a torchvision classification model")
+    options: dict = {"weights": None}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit_"):
+        options |= {"image_size": 32}
+    encoder = models.get_model(name, **options)
+
+    # The classifier is the last layer with 1000 outputs; whatever pools or flattens around it stays.
+    last = [n for n, m in encoder.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000][-1]
+    encoder.set_submodule(last, nn.Identity())
+    if name.startswith("vit_"):
+        encoder.patch_size = 4
+        width = encoder.hidden_dim
+        encoder.conv_proj = nn.Conv2d(3, width, 4, 4)
+        encoder.encoder.pos_embedding = nn.Parameter(torch.empty(1, 8 * 8 + 1, width).normal_(std=0.02))
+    else:
+        stem, conv = next((n, m) for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d))
+        if max(conv.stride) > 1:
+            small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+            nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+            encoder.set_submodule(stem, small)
+        for pool in ("maxpool", "maxpool1", "features.pool0"):
+            if any(n == pool for n, _ in encoder.named_modules()):
+                encoder.set_submodule(pool, nn.Identity())
+    try:
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(2, 3, 32, 32))
+        assert features.ndim == 2 and math.isfinite(features.sum())
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no feature vector"
+        raise ValueError(f"model '{name}' cannot take 32x32 images ({reason})") from None
+    return encoder.train(), features.shape[1]

@@ -1,0 +1,732 @@
+"""The facts that the code must satisfy: `python -m pytest test_all.py`. Formulas are checked against naive loops in float64
+or against torchvision and scikit-learn; the command line is checked by running it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import nn
+
+import augment
+import curriculum
+import data
+import evaluate
+import grow_prune
+import losses
+import model
+import train
+
+HERE = Path(__file__).parent
+REAL = HERE / "data"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def unit_rows(n, d, seed=0, dtype=torch.float32):
+    return F.normalize(torch.randn(n, d, generator=seeded(seed), dtype=torch.float64), dim=1).to(dtype)
+
+
+# ---- augment --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Smooth images, noise, greys, black and white: float [24,3,32,32]."""
+    noise = torch.rand(8, 3, 32, 32, generator=seeded())
+    smooth = F.interpolate(torch.rand(8, 3, 4, 4, generator=seeded(1)), (32, 32), mode="bicubic").clamp(0, 1)
+    grey = torch.rand(6, 1, 32, 32, generator=seeded(2)).expand(-1, 3, -1, -1)
+    return torch.cat([noise, smooth, grey, torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)])
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, low, high",
+    [
+        (augment.adjust_brightness, TF.adjust_brightness, 0.0, 2.0),
+        (augment.adjust_contrast, TF.adjust_contrast, 0.0, 2.0),
+        (augment.adjust_saturation, TF.adjust_saturation, 0.0, 2.0),
+        (augment.adjust_hue, TF.adjust_hue, -0.5, 0.5),
+    ],
+)
+def test_colour_agrees_with_torchvision_image_by_image(pictures, ours, theirs, low, high):
+    factor = torch.linspace(low, high, len(pictures))
+    expected = torch.stack([theirs(x, f.item()) for x, f in zip(pictures, factor, strict=True)])
+    torch.testing.assert_close(ours(pictures, factor), expected, atol=1e-4, rtol=0)
+
+
+def test_crop_agrees_with_torchvision_image_by_image(pictures):
+    n = len(pictures)
+    height, width = (torch.randint(1, 33, (n,), generator=seeded(s)) for s in (3, 4))
+    top, left = ((torch.rand(n, generator=seeded(s)) * (33 - size)).long() for s, size in ((5, height), (6, width)))
+    boxes = list(zip(pictures, *(t.tolist() for t in (top, left, height, width)), strict=True))
+    expected = torch.stack([TF.resized_crop(x, *box, [32, 32], antialias=True) for x, *box in boxes])
+    torch.testing.assert_close(augment.resized_crop(pictures, top, left, height, width), expected, atol=1e-4, rtol=0)
+
+
+def test_grey_and_flip_agree_with_torchvision(pictures):
+    torch.testing.assert_close(augment.random_grayscale(pictures, p=1.0), TF.rgb_to_grayscale(pictures, 3), atol=1e-5, rtol=0)
+    assert torch.equal(augment.horizontal_flip(pictures, p=1.0), TF.hflip(pictures))
+    assert torch.equal(augment.random_grayscale(pictures, p=0.0), pictures)
+
+
+def test_color_jitter_with_fixed_ranges_is_torchvisions_in_sequence(pictures):
+    ours = augment.color_jitter(pictures, (1.3, 1.3), (0.7, 0.7), (1.2, 1.2), (0.08, 0.08), p=1.0)
+    theirs = TF.adjust_hue(TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(pictures, 1.3), 0.7), 1.2), 0.08)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_pad_crop_shifts_by_whole_pixels_within_the_padding(pictures):
+    x = pictures[:8].repeat(16, 1, 1, 1)
+    shifts = set()
+    for before, after in zip(x, augment.pad_crop(x, 2, seeded()), strict=True):
+        padded = F.pad(before, (2,) * 4)
+        places = [(i, j) for i in range(5) for j in range(5) if torch.equal(after, padded[:, i : i + 32, j : j + 32])]
+        assert places
+        shifts.add(places[0])
+    assert len(shifts) > 15  # of 25, in 128 draws
+
+
+def test_random_transforms_are_independent_per_image_and_follow_the_generator(pictures):
+    same = pictures[:1].repeat(64, 1, 1, 1)
+    for transform in (augment.random_resized_crop, augment.color_jitter, augment.pad_crop, augment.strong):
+        out = transform(same, generator=seeded(1))
+        assert len(torch.unique(out.flatten(1), dim=0)) > 40, transform.__name__
+        assert torch.equal(out, transform(same, generator=seeded(1)))
+        assert not torch.equal(out, transform(same, generator=seeded(2)))
+        assert out.min() >= 0 and out.max() <= 1 + 1e-6
+
+
+def test_crop_area_and_aspect_are_those_of_torchvision():
+    ramp = torch.arange(32.0).expand(4000, 1, 32, 32)  # a crop of width w has slope w / 32
+    x = torch.cat([ramp, ramp.transpose(2, 3), ramp], 1)
+    out = augment.random_resized_crop(x, scale=(0.2, 1.0), generator=seeded())
+    width, height = (32 * (out[:, 0, 16, 20] - out[:, 0, 16, 12]) / 8), (32 * (out[:, 1, 20, 16] - out[:, 1, 12, 16]) / 8)
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(x[0], [0.2, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(4000)])
+    ours = torch.stack([height, width], 1).round().numpy()
+    assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.4
+    assert np.abs(ours.std(0) - theirs.std(0)).max() < 0.4
+
+
+def test_views_take_uint8_and_differ():
+    x = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+    a, b = augment.two_views(x, generator=seeded())
+    assert a.shape == x.shape and a.dtype == torch.float32 and not torch.equal(a, b)
+    assert torch.equal(augment.weak(x, flip=False, padding=0), x / 255)
+    one, _ = augment.two_views(x, scale=(1.0, 1.0), flip=False, color=False)
+    assert one.unique().numel() > 2
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_leak_nested_stratified_and_exactly():
+    y = torch.tensor([0] * 50 + [1] * 20 + [2] * 7)[torch.randperm(77, generator=seeded())]
+    order = data.leak_order(y, seed=3)
+    for c in range(3):
+        assert sorted(order[y == c].tolist()) == list(range(int((y == c).sum())))
+    before = torch.zeros(77, dtype=torch.bool)
+    for fraction in np.linspace(0, 1, 41):
+        mask = data.label_mask(order, y, float(fraction), [0, 2])
+        assert mask[before].all()
+        assert [int((mask & (y == c)).sum()) for c in range(3)] == [int(50 * fraction + 0.5), 0, int(7 * fraction + 0.5)]
+        before = mask
+    assert torch.equal(order, data.leak_order(y, 3)) and not torch.equal(order, data.leak_order(y, 4))
+    with pytest.raises(ValueError):
+        data.label_mask(order, y, 1.5, [0])
+
+
+def test_batches_cover_the_pool_and_draw_their_share_of_labels():
+    active = torch.arange(100) < 80
+    labelled = torch.arange(100) % 10 == 0
+    drawn = torch.stack(list(data.batches(active, labelled, 16, 5, 0.25, seeded())))
+    assert drawn.shape == (5, 16) and (drawn < 80).all()
+    assert labelled[drawn[:, :4]].all()
+    everything = torch.stack(list(data.batches(active, labelled & False, 16, 5, 0.25, seeded())))
+    assert sorted(everything.flatten().tolist()) == list(range(80))
+
+
+def test_digits_are_there_and_may_not_be_flipped():
+    d = data.load_dataset("digits")
+    assert d.train_x.shape == (1347, 3, 32, 32) and d.train_x.dtype == torch.uint8 and d.train_y.dtype == torch.int64
+    assert len(d.test_y) == 450 and d.classes == [str(i) for i in range(10)] and not d.flip and not d.color
+    x = d.train_x.double() / 255
+    np.testing.assert_allclose(d.mean, x.mean((0, 2, 3)), atol=1e-9)
+    np.testing.assert_allclose(d.std, x.std((0, 2, 3), correction=0), atol=1e-9)
+
+
+def make_folder(root, classes=("ant", "bee"), per_class=3, splits=("train", "test")):
+    modes = ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16"]
+    n = 0
+    for split in splits:
+        for c in classes:
+            (root / split / c).mkdir(parents=True)
+            for i in range(per_class):
+                mode = modes[n % len(modes)]
+                pixels = np.random.default_rng(n).integers(0, 256, (20 + 7 * i, 50 - 5 * i, 3), dtype=np.uint8)
+                if mode == "I;16":
+                    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
+                else:
+                    image = Image.fromarray(pixels).convert(mode)
+                image.save(root / split / c / f"{i}.{'tiff' if mode == 'CMYK' else 'png'}")
+                n += 1
+    return root
+
+
+def test_folder_of_any_size_and_mode_and_its_cache(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set", per_class=4)
+    first = data.load_dataset(f"folder:{root}")
+    assert first.train_x.shape == (8, 3, 32, 32) and first.classes == ["ant", "bee"] and first.train_y.tolist() == [0] * 4 + [1] * 4
+    assert first.train_x.flatten(1).float().std(1).min() > 5  # no mode came out flat
+    monkeypatch.setattr(data, "read_image", lambda name: pytest.fail("the cache was not used"))
+    assert torch.equal(data.load_dataset(f"folder:{root}").train_x, first.train_x)
+    monkeypatch.undo()
+    Image.new("RGB", (40, 40), (255, 0, 0)).save(root / "train/ant/0.png")
+    changed = data.load_dataset(f"folder:{root}")
+    assert not torch.equal(changed.train_x, first.train_x) and changed.train_x[0, 0].min() == 255
+    (root / ".cache-32.pt").write_bytes(b"torn")
+    assert torch.equal(data.load_dataset(f"folder:{root}").train_x, changed.train_x)
+
+
+def test_inject_appends_late_classes(tmp_path):
+    root = make_folder(tmp_path / "set", ("ant", "bee", "cat"))
+    base = data.load_dataset("digits")
+    d = data.inject(base, f"folder:{root}:cat,ant")
+    assert d.classes[10:] == ["cat", "ant"] and len(d.train_y) == 1347 + 6 and (d.train_y == 11).sum() == 3
+    assert data.class_order(12, seed=5, late=2)[10:] == [10, 11]
+    with pytest.raises(ValueError, match="did you mean 'bee'"):
+        data.inject(base, f"folder:{root}:bees")
+
+
+def test_subset_and_reorder():
+    d = data.class_subset(data.load_dataset("digits"), 30, seed=0)
+    assert d.train_y.bincount().tolist() == [30] * 10
+    order = data.class_order(10, seed=1)
+    r = data.reorder(d, order)
+    assert r.classes == [str(c) for c in order] and sorted(order) == list(range(10))
+    assert [r.classes[i] for i in r.test_y.tolist()] == [d.classes[i] for i in d.test_y.tolist()]
+
+
+@pytest.mark.parametrize(
+    "name, count, first, flip",
+    [("cifar10", 50_000, "airplane", True), ("cifar100", 50_000, "apple", True), ("mnist", 60_000, "0", False)],
+)
+def test_real_data_where_they_are(name, count, first, flip):
+    folder = REAL / data.ARCHIVES[name]
+    if not folder.exists() and not (REAL / name / "train").exists():
+        pytest.skip(f"{name} is not in {REAL.name}/")
+    d = data.load_dataset(name, REAL, download=False)
+    assert d.train_x.shape == (count, 3, 32, 32) and len(d.test_y) == 10_000 and d.classes[0] == first and d.flip == flip
+    if name == "cifar10":
+        np.testing.assert_allclose(d.mean, (0.4914, 0.4822, 0.4465), atol=1e-4)
+        np.testing.assert_allclose(d.std, (0.2470, 0.2435, 0.2616), atol=1e-4)
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, dim", [("cnn", 128), ("vgg-small", 256), ("vgg11", 512), ("vgg16", 512), ("resnet18", 512), ("mobilenet_v2", 1280)]
+)
+def test_models_give_embedding_unit_projection_and_logits(name, dim):
+    network = model.build(name, 7)
+    h, z, logits = network(torch.rand(4, 3, 32, 32))
+    assert h.shape == (4, dim) and z.shape == (4, 128) and logits.shape == (4, 7)
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(4))
+
+
+def test_vgg16_is_configuration_d():
+    network = model.build("vgg16", 10)
+    convolutions = [m for m in network.encoder if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 13 and all(c.kernel_size == (3, 3) and c.stride == (1, 1) for c in convolutions)
+    assert round((sum(p.numel() for p in network.encoder.parameters()) + 512 * 10) / 1e6, 1) == 14.7
+
+
+def test_torchvision_stem_keeps_the_resolution():
+    encoder = model.build("resnet18", 3).encoder
+    assert encoder.conv1.stride == (1, 1) and encoder.conv1.kernel_size == (3, 3) and isinstance(encoder.maxpool, nn.Identity)
+    with pytest.raises(ValueError, match="did you mean 'resnet18'"):
+        model.build("resnet-18", 3)
+    with pytest.raises(ValueError, match="cannot take 32x32"):
+        model.build("maxvit_t", 3)
+
+
+def test_head_is_a_scaled_cosine():
+    head = model.CosineHead(8, 3, scale=5.0)
+    h = torch.randn(4, 8, generator=seeded())
+    expected = 5 * F.cosine_similarity(h[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(h), expected)
+    torch.testing.assert_close(head(3 * h), expected)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, d, tau", [(1, 4, 0.5), (2, 3, 0.1), (7, 16, 0.5), (13, 5, 0.2)])
+def test_nt_xent_is_its_definition(n, d, tau):
+    z1, z2 = (torch.randn(n, d, generator=seeded(s), dtype=torch.float64, requires_grad=True) for s in (0, 1))
+    z = [v / v.norm() for v in [*z1, *z2]]
+    total = 0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        total -= torch.log(torch.exp(z[i] @ z[j] / tau) / sum(torch.exp(z[i] @ z[k] / tau) for k in range(2 * n) if k != i))
+    expected = total / (2 * n)
+    loss = losses.nt_xent(z1, z2, tau)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(loss, (z1, z2)), torch.autograd.grad(expected, (z1, z2)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert losses.nt_xent(z1, z2, tau, "none").shape == (2 * n,)
+
+
+def test_nt_xent_of_chance_and_its_symmetries():
+    z1, z2 = unit_rows(256, 512, 0), unit_rows(256, 512, 1)
+    assert abs(losses.nt_xent(z1, z2).item() - math.log(511)) < 0.05
+    order = torch.randperm(256, generator=seeded())
+    for other in (losses.nt_xent(z2, z1), losses.nt_xent(z1[order], z2[order]), losses.nt_xent(3 * z1, z2)):
+        torch.testing.assert_close(other, losses.nt_xent(z1, z2))
+    assert torch.isfinite(losses.nt_xent(z1, z1, 0.01))
+
+
+def test_supervised_is_cross_entropy_over_the_active_units_and_ignores_the_rest():
+    logits = torch.randn(6, 5, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 3, 1, 1, 3, 4])
+    active = torch.tensor([True, True, False, True, False])
+    known = torch.tensor([True, True, False, True, True, False])
+    onehot = F.one_hot(y, 5) * known[:, None]
+    columns = active.nonzero()[:, 0].tolist()
+    place = {c: i for i, c in enumerate(columns)}
+    rows = [i for i in range(6) if known[i]]
+    expected = F.cross_entropy(logits[rows][:, columns], torch.tensor([place[int(y[i])] for i in rows]))
+    loss = losses.supervised(logits, onehot, active)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
+    ours, theirs = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    nothing = losses.supervised(logits, 0 * onehot, active)
+    assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().sum() == 0
+
+
+def test_memory_bank_moves_by_its_momentum_and_averages_repeats():
+    bank = losses.MemoryBank(5, 3, momentum=0.5)
+    before = bank.rows.clone()
+    z = unit_rows(3, 3, 1)
+    bank.update(torch.tensor([1, 4, 1]), z)
+    torch.testing.assert_close(bank.rows[4], F.normalize(0.5 * before[4] + 0.5 * z[1], dim=0))
+    torch.testing.assert_close(bank.rows[1], F.normalize(0.5 * before[1] + 0.5 * (z[0] + z[2]) / 2, dim=0))
+    assert torch.equal(bank.rows[[0, 2, 3]], before[[0, 2, 3]])
+    bank.update(torch.tensor([0]), 7 * z[:1], momentum=0)
+    torch.testing.assert_close(bank.rows[0], z[0])
+    torch.testing.assert_close(bank.rows.norm(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize("n, k", [(300, 5), (1000, 25), (2000, 100)])
+def test_kmeans_is_as_good_as_scikit_learns(n, k):
+    from sklearn.cluster import KMeans
+
+    x = F.normalize(unit_rows(k, 16, 3)[torch.randint(k, (n,), generator=seeded())] + 0.15 * torch.randn(n, 16, generator=seeded(1)), dim=1)
+    index, centres = losses.kmeans(x, k, iterations=20, generator=seeded())
+    inertia = (x - centres[index]).square().sum().item()
+    assert inertia <= 1.05 * KMeans(k, n_init=1, random_state=0).fit(x.numpy()).inertia_
+    assert torch.equal(index, torch.cdist(x, centres).argmin(1))
+    assert torch.equal(index, losses.kmeans(x, k, iterations=20, generator=seeded())[0])
+
+
+def test_kmeans_with_fewer_rows_or_fewer_distinct_rows_than_clusters():
+    index, centres = losses.kmeans(unit_rows(3, 4), 10, generator=seeded())
+    assert sorted(index.tolist()) == [0, 1, 2] and len(centres) == 3
+    same, centres = losses.kmeans(unit_rows(1, 4).repeat(9, 1), 4, generator=seeded())
+    assert torch.isfinite(centres).all() and len(same) == 9
+
+
+def naive_aggregation(z, index, rows, clusters, k, tau):
+    values = []
+    for v, i in zip(z, index.tolist(), strict=True):
+        others = [j for j in range(len(rows)) if j != i and (clusters[:, j] >= 0).any()]
+        if not others:
+            values.append(0 * v.sum())
+            continue
+        near = sorted(others, key=lambda j: -float(rows[j] @ v.detach()))[:k]
+        close = [j for j in near if any(c[j] == c[i] for c in clusters)] or near[:1]
+        values.append(-torch.log(sum(torch.exp(rows[j] @ v / tau) for j in close) / sum(torch.exp(rows[j] @ v / tau) for j in near)))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("n, b, k, repeats", [(1, 1, 4, 1), (6, 3, 20, 2), (40, 8, 10, 3), (90, 33, 25, 3)])
+def test_local_aggregation_is_its_definition(n, b, k, repeats):
+    rows = unit_rows(n, 8, 1, torch.float64)
+    if n > 10:
+        rows[3] = rows[5]  # a duplicate image
+    clusters = torch.randint(4, (repeats, n), generator=seeded(2))
+    clusters[:, n // 2 :: 5] = -1 if n > 6 else 0  # images that are not there yet
+    present = (clusters[0] >= 0).nonzero()[:, 0]
+    index = present[torch.randint(len(present), (b,), generator=seeded(3))]  # images repeat
+    z = unit_rows(b, 8, 4, torch.float64).requires_grad_()
+    bank = losses.MemoryBank(n, 8)
+    bank.rows = rows.float()
+    expected = naive_aggregation(z, index, rows, clusters, k, 0.2)
+    ours = losses.local_aggregation(z, index, bank, clusters, k, 0.2, "none")
+    torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-4)
+    gradients = [torch.autograd.grad(loss.sum(), z)[0] for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+def naive_propagation(rows, y, labelled, k, density_k, tau, balance):
+    n, known = len(rows), [i for i in range(len(rows)) if labelled[i]]
+    pseudo, confidence = [], []
+    density = {}
+    for i in known:
+        near = sorted((float(rows[i] @ rows[j]) for j in range(n) if j != i), reverse=True)[:density_k]
+        density[i] = sum(math.exp(s / tau) for s in near) or 1.0
+    for i in range(n):
+        votes = {}
+        for j in sorted(known, key=lambda j: -float(rows[i] @ rows[j]))[:k]:
+            weight = math.exp(float(rows[i] @ rows[j]) / tau) / density[j]
+            votes[int(y[j])] = votes.get(int(y[j]), 0.0) + weight / (sum(int(y[l]) == int(y[j]) for l in known) if balance else 1)
+        best = max(votes, key=votes.get) if votes else -1
+        pseudo.append(int(y[i]) if labelled[i] else best)
+        confidence.append(1.0 if labelled[i] else votes[best] / sum(votes.values()) if votes else 0.0)
+    return torch.tensor(pseudo), torch.tensor(confidence)
+
+
+@pytest.mark.parametrize("n, count, k", [(5, 0, 10), (5, 1, 10), (30, 4, 10), (80, 25, 10), (80, 80, 3), (1, 1, 2)])
+@pytest.mark.parametrize("balance", [False, True])
+def test_propagated_labels_are_those_of_the_equations(n, count, k, balance):
+    rows = unit_rows(n, 6, 5, torch.float64)
+    y = torch.randint(3, (n,), generator=seeded(6)) * 2  # no image of class 1 or 3
+    labelled = torch.zeros(n, dtype=torch.bool)
+    labelled[torch.randperm(n, generator=seeded(7))[:count]] = True
+    expected, share = naive_propagation(rows, y, labelled, k, 20, 0.1, balance)
+    pseudo, confidence = losses.propagate_labels(rows.float(), y, labelled, k, 20, 0.1, balance)
+    assert torch.equal(pseudo, expected)
+    torch.testing.assert_close(confidence, share, atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    rows, y = unit_rows(200, 8, 8), torch.randint(4, (200,), generator=seeded())
+    labelled, bank = torch.arange(200) % 7 == 0, losses.MemoryBank(200, 8)
+    whole = (
+        losses.propagate_labels(rows, y, labelled),
+        losses.local_aggregation(rows[:50], torch.arange(50), bank, y[None], reduction="none"),
+    )
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 200 * 3)
+    parts = (
+        losses.propagate_labels(rows, y, labelled),
+        losses.local_aggregation(rows[:50], torch.arange(50), bank, y[None], reduction="none"),
+    )
+    assert torch.equal(whole[0][0], parts[0][0])
+    torch.testing.assert_close(whole[0][1], parts[0][1])
+    torch.testing.assert_close(whole[1], parts[1])
+
+
+def test_propagation_weighs_both_terms_by_confidence():
+    n, b = 30, 6
+    bank, z, index = losses.MemoryBank(n, 8), unit_rows(b, 8, 2), torch.arange(b)
+    logits, pseudo = torch.randn(b, 3, generator=seeded(3)), torch.randint(3, (n,), generator=seeded(4))
+    confidence = torch.rand(n, generator=seeded(5))
+    ours = losses.propagation(z, logits, index, bank, pseudo, confidence, F.one_hot(pseudo[:b], 3), background=10, reduction="none")
+    together = naive_aggregation(z.double(), index, bank.rows.double(), pseudo[None], 10, 0.07)
+    torch.testing.assert_close(ours, (confidence[:b] * (together + F.cross_entropy(logits, pseudo[:b], reduction="none"))).float())
+
+
+# ---- curriculum -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", curriculum.CURRICULA)
+@pytest.mark.parametrize("num_classes, epochs", [(10, 30), (3, 7), (100, 200), (12, 1)])
+def test_schedules_are_monotone_and_bounded(name, num_classes, epochs):
+    stages = [curriculum.stage(name, e, epochs, num_classes, budget=0.2, sparsity=0.8) for e in range(epochs)]
+    for before, after in zip(stages, stages[1:], strict=False):
+        for field in ("classes", "named", "label_fraction", "sparsity"):
+            assert getattr(before, field) <= getattr(after, field)
+    for s in stages:
+        assert 1 <= s.classes <= num_classes and 0 <= s.named <= s.classes and 0 <= s.sparsity <= 0.8
+        assert 0 <= s.label_fraction <= (1 if name == "supervised" else 0.2) and all(0 <= w <= 1 for w in s.mix.values())
+    if epochs > 1:
+        assert math.isclose(stages[-1].sparsity, 0.8)
+
+
+def test_gradual_tells_its_story():
+    stages = [curriculum.stage("gradual", e, 30, 10) for e in range(30)]
+    assert stages[0].classes == 7 and stages[0].label_fraction == 0 and stages[0].mix["ntxent"] == 1
+    assert stages[-1].classes == stages[-1].named == 10 and math.isclose(stages[-1].label_fraction, 0.1)
+    for c in (8, 9, 10):  # one by one, images before labels
+        images, names = (next(e for e, s in enumerate(stages) if getattr(s, f) >= c) for f in ("classes", "named"))
+        assert stages[images].classes == c and names >= images + 2
+    with pytest.raises(ValueError, match="gradual"):
+        curriculum.stage("grad", 0, 1, 10)
+
+
+# ---- grow and prune -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01), lambda p: torch.optim.AdamW(p, 0.01)]
+)
+@pytest.mark.parametrize("kind", [nn.Linear, model.CosineHead])
+def test_growth_leaves_the_old_rows_and_their_next_updates_alone(make, kind):
+    def step(head, optimizer, seed):
+        h = torch.randn(16, 6, generator=seeded(seed))
+        loss = F.cross_entropy(head(h)[:, :4], torch.arange(16) % 4)  # the new units take no part
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    heads = []
+    for grows in (False, True):
+        torch.manual_seed(0)
+        head = kind(6, 4)
+        optimizer = make(head.parameters())
+        step(head, optimizer, 1)
+        if grows:
+            before = head(torch.ones(1, 6))
+            grow_prune.grow_head(head, optimizer, 2)
+            assert head.out_features == 6 and torch.equal(head(torch.ones(1, 6))[:, :4], before)
+            assert len(optimizer.param_groups) == 1 and all(p in optimizer.state for p in head.parameters())
+        for seed in range(2, 6):
+            step(head, optimizer, seed)
+        heads.append(head)
+    for plain, grown in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
+        torch.testing.assert_close(grown[:4], plain, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError):
+        grow_prune.grow_head(heads[0], None, 0)
+
+
+def test_imprinted_unit_is_the_mean_direction():
+    head, h = model.CosineHead(5, 3), torch.randn(7, 5, generator=seeded()) + 2
+    others = head.weight[:2].clone()
+    grow_prune.imprint(head, 2, h)
+    mean = (h / h.norm(dim=1, keepdim=True)).mean(0)
+    torch.testing.assert_close(F.normalize(head.weight[2], dim=0), mean / mean.norm())
+    torch.testing.assert_close(head.weight[2].norm(), others.norm(dim=1).mean())
+    assert torch.equal(head.weight[:2], others)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
+def test_pruning_zeroes_exactly_the_smallest_and_they_stay_zero_through_momentum(sparsity):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+
+    def step(masks):
+        loss = network(torch.randn(4, 3, 3, 3)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        grow_prune.apply_masks(network, masks)
+
+    step({})
+    sizes = torch.cat([network[i].weight.abs().flatten() for i in (0, 3)])
+    masks = grow_prune.prune_smallest(network, sparsity)
+    kept = torch.cat([m.flatten() for m in masks.values()])
+    assert set(masks) == {"0.weight", "3.weight"} and int((~kept).sum()) == round(sparsity * len(sizes))
+    if 0 < sparsity < 1:
+        assert sizes[~kept].max() <= sizes[kept].min()
+    for _ in range(3):
+        step(masks)
+        for name, mask in masks.items():
+            assert (network.get_parameter(name)[~mask] == 0).all()
+    more = grow_prune.prune_smallest(network, min(1.0, sparsity + 0.05))
+    assert all(not (more[n] & ~masks[n]).any() for n in masks)
+    assert math.isclose(grow_prune.sparsity_of(network), min(1.0, sparsity + 0.05), abs_tol=0.01)
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    centres = torch.randn(4, 10, generator=seeded()) * 1.2
+    y = torch.arange(400) % 4
+    return centres[y] + torch.randn(400, 10, generator=seeded(1)), y
+
+
+def test_probe_is_scikit_learns_logistic_regression(blobs):
+    from sklearn.linear_model import LogisticRegression
+
+    h, y = blobs
+    a, b = h[:200], h[200:]
+    scaled, test = (a - a.mean(0)) / a.std(0, correction=0), (b - a.mean(0)) / a.std(0, correction=0)
+    reference = LogisticRegression(C=1 / (2 * 1e-3 * 200), max_iter=1000).fit(scaled.numpy(), y[:200].numpy())
+    expected = reference.score(test.numpy(), y[200:].numpy())
+    assert 0.5 < expected < 1 and abs(evaluate.linear_probe(a, y[:200], b, y[200:]) - expected) <= 0.005
+
+
+def test_knn_is_scikit_learns(blobs):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    h, y = blobs
+    unit = F.normalize(h, dim=1).numpy()
+    reference = KNeighborsClassifier(15, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1)).fit(unit[:200], y[:200].numpy())
+    assert math.isclose(
+        evaluate.knn_accuracy(h[:200], y[:200], h[200:], y[200:], k=15), reference.score(unit[200:], y[200:].numpy()), abs_tol=1e-6
+    )
+
+
+def test_cluster_scores_of_perfect_permuted_and_random_clusters():
+    y = torch.arange(90) % 3
+    perfect = evaluate.cluster_scores(torch.eye(3)[(y + 1) % 3] + 0.01 * torch.rand(90, 3, generator=seeded()), y)
+    assert perfect["ari"] == perfect["accuracy"] == 1.0 and perfect["nmi"] > 0.999 and perfect["silhouette"] > 0.9
+    noise = evaluate.cluster_scores(torch.randn(300, 8, generator=seeded()), torch.randint(3, (300,), generator=seeded(1)))
+    assert abs(noise["ari"]) < 0.05 and noise["accuracy"] < 0.5
+
+
+def test_forgetting_and_novelty():
+    assert evaluate.forgetting([[0.5, 0.0], [0.9, 0.4], [0.7, 0.6]]).tolist() == pytest.approx([0.2, 0.0])
+    assert evaluate.novelty_auroc(torch.tensor([0.1, 0.2, 0.9, 0.8]), torch.tensor([False, False, True, True])) == 1.0
+    assert evaluate.class_accuracy(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2) == [0.5, 1.0]
+
+
+def test_embedding_leaves_the_network_bit_identical():
+    network = model.build("cnn", 3).train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    x = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+    h = evaluate.embed(network, x, batch_size=4)
+    assert h.shape == (9, 128) and network.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    torch.testing.assert_close(evaluate.embed(network, x / 255), h)
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+TINY = ["--dataset", "digits", "--per-class", "20", "--batch-size", "32", "--label-budget", "0.2", "--embedding", "pca"]
+
+
+def script(name, *args, cwd):
+    command = [sys.executable, HERE / name, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One tiny run of the real script for each curriculum."""
+    root = tmp_path_factory.mktemp("runs")
+    for name in curriculum.CURRICULA:
+        done = script("train.py", "--curriculum", name, *TINY, "--epochs", 8, "--out", root / name, cwd=root)
+        assert done.returncode == 0, done.stderr
+    return root
+
+
+FIGURES = "accuracy probe probe_leaked knn ari nmi silhouette old_accuracy new_accuracy first_sight forgetting sparsity labels_used seconds"
+
+
+@pytest.mark.parametrize("name", curriculum.CURRICULA)
+def test_every_curriculum_runs_and_leaves_its_figures(runs, name):
+    summary = json.loads((runs / name / "summary.json").read_text())
+    settings = json.loads((runs / name / "args.json").read_text())
+    rows = (runs / name / "log.csv").read_text().splitlines()
+    assert set(FIGURES.split()) <= set(summary) and len(rows) == 9 and settings["model"] == "cnn" and "torch" in settings["versions"]
+    taught = name not in ("self", "self-known")
+    assert (summary["accuracy"] is not None) == taught
+    assert summary["labels_used"] == {"supervised": 200, "self": 0, "self-known": 0}.get(name, 40)
+    assert math.isclose(summary["sparsity"], 0.8, abs_tol=0.01) and (summary["first_sight"] is not None) == (name == "gradual")
+    pictures = ["curves", "curriculum", "embedding"] + ["confusion"] * taught
+    assert all((runs / name / f"{p}.png").stat().st_size > 10_000 for p in pictures)
+
+
+def test_runs_are_compared(runs):
+    done = script("evaluate.py", *(runs / name for name in curriculum.CURRICULA), cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert all(any(line.startswith(f"{name} ") for line in done.stdout.splitlines()) for name in curriculum.CURRICULA)
+    assert (runs / "comparison.png").exists()
+    broken = script("evaluate.py", runs / "nothing", cwd=runs)
+    assert broken.returncode == 2 and len(broken.stderr.splitlines()) == 1
+
+
+def without_times(folder):
+    rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    keep = [i for i, name in enumerate(rows[0]) if name not in ("seconds", "images_per_second")]
+    summary = json.loads((folder / "summary.json").read_text())
+    return [[row[i] for i in keep] for row in rows], {k: v for k, v in summary.items() if k not in ("seconds", "images_per_second")}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(runs, tmp_path):
+    out = tmp_path / "cut"
+    real = train.write_atomically
+
+    def stop_after_epoch_5(path, write):
+        real(path, write)
+        if path.name == "checkpoint.pt" and torch.load(path, weights_only=True)["epoch"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_atomically", stop_after_epoch_5)
+        assert train.main(["--curriculum", "gradual", *TINY, "--epochs", "8", "--out", str(out)]) == 130
+    done = script("train.py", "--resume", "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert without_times(out) == without_times(runs / "gradual")
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, runs / "gradual"))
+    assert all(torch.equal(a["network"][k], b["network"][k]) for k in b["network"]) and torch.equal(a["bank"], b["bank"])
+    again = script("train.py", "--resume", "--out", out, cwd=tmp_path)
+    assert again.returncode == 0 and "finished" in again.stdout
+    other = script("train.py", "--resume", "--out", out, "--lr", "0.5", cwd=tmp_path)
+    assert other.returncode == 2 and "--lr" in other.stderr
+
+
+def refused(capsys, *args):
+    assert train.main([str(a) for a in args]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("train.py: error: ") and len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    "args, word",
+    [
+        (["--curriculum", "gradul"], "did you mean 'gradual'"),
+        (["--dataset", "cifar"], "did you mean 'cifar10'"),
+        (["--dataset", "folder:nowhere"], "not there"),
+        (["--model", "vgg-smal"], "did you mean 'vgg-small'"),
+        (["--embedding", "mds"], "pca"),
+        (["--label-budget", "1.5"], "0..1"),
+        (["--label-budget", "nan"], "0..1"),
+        (["--label-budget", "0"], "without labels"),
+        (["--label-budget", "0.0001"], "no label"),
+        (["--prune", "-0.1"], "0..1"),
+        (["--lr", "inf"], "--lr"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "two"], "--epochs"),
+        (["--batch-size", "100000"], "training images"),
+        (["--known-classes", "11"], "1..10"),
+        (["--per-class", "0"], "--per-class"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "warp"], "--device"),
+        (["--inject", "digits"], "DATASET:class"),
+        (["--inject", "digits:ten"], "no class"),
+        (["--without", "nothing"], "--without"),
+        (["--resume"], "--out"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(capsys, tmp_path, args, word):
+    base = [] if "--dataset" in args or "--resume" in args else ["--dataset", "digits"]
+    out = [] if "--resume" in args else ["--out", tmp_path / "run"]
+    assert word in refused(capsys, *base, *args, *out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_overwritten_and_torn_images_are_named(capsys, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("kept")
+    assert "not empty" in refused(capsys, "--dataset", "digits", "--out", tmp_path / "full")
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    root = make_folder(tmp_path / "set")
+    (root / "train/bee/1.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    assert "bee/1.png" in refused(capsys, "--dataset", f"folder:{root}", "--out", tmp_path / "run")
+    lone = make_folder(tmp_path / "lone", ("ant",))
+    assert "at least two" in refused(capsys, "--dataset", f"folder:{lone}", "--out", tmp_path / "run")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    assert train.main([*TINY, "--device", "cuda", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
