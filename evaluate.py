@@ -282,6 +282,31 @@ def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: s
     save(fig, path)
 
 
+def describe(summary: dict, images: int, known: int) -> str:
+    """The figures of one run as aligned text, each with what it is."""
+    lines = []
+    for key, text in (
+        ("accuracy", "of the head, all classes"),
+        ("old_accuracy", f"of the head, the {known} classes known at the start"),
+        ("new_accuracy", "of the head, the late classes"),
+        ("first_sight", "late classes at the moment of their first labels, before any gradient step"),
+        ("probe", "linear probe on the frozen encoder, all labels"),
+        ("probe_leaked", "linear probe, the label budget only"),
+        ("knn", "20 nearest neighbours, all labels"),
+        ("ari", "adjusted Rand index of k-means clusters and classes, test images"),
+        ("nmi", "normalised mutual information of the same"),
+        ("silhouette", "silhouette of the clusters"),
+        ("forgetting", "best accuracy so far minus accuracy now, mean over the old classes"),
+        ("sparsity", "of the encoder's weights are zero"),
+    ):
+        value = summary[key]
+        shown = "-" if value is None else f"{value:.3f}" if key in ("ari", "nmi", "silhouette") else f"{100 * value:.1f} %"
+        lines.append(f"{key:13s}{shown:>8s}   {text}")
+    lines.append(f"{'labels_used':13s}{summary['labels_used']:8,d}   of {images:,}")
+    lines.append(f"{'seconds':13s}{summary['seconds']:8,.0f}   {summary['images_per_second']:,.0f} images/s, each in two views")
+    return "\n".join(lines)
+
+
 # ---- comparison of runs ---------------------------------------------------------------------------------------------
 
 COLUMNS = (

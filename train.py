@@ -8,6 +8,7 @@ prune -> evaluate -> log -> checkpoint. What it calls is in the other modules, e
 import argparse
 import csv
 import ctypes
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -83,6 +85,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="compile the encoder: a slow first step, faster ones after it")
+    add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
     add("--embedding", default="tsne", metavar="METHOD", help="picture of the test embeddings: pca, tsne or umap")
     add("--out", metavar="DIR", help="run folder; the next free runs/DATASET-CURRICULUM-sSEED if not given")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
@@ -148,7 +151,8 @@ def run_folder(args: argparse.Namespace) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError(f"--out {out} is not empty; choose another folder, or --resume the run in it")
-        (out / "args.json").touch()
+        args.out = str(out)
+        write_json(out / "args.json", vars(args) | provenance())
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror})") from None
     return out
@@ -157,9 +161,12 @@ def run_folder(args: argparse.Namespace) -> Path:
 # ---- machine --------------------------------------------------------------------------------------------------------
 
 
-def tune_machine() -> None:
+def tune_machine(deterministic: bool = False) -> None:
     """TF32 where there is a GPU, no denormals, and a malloc that keeps freed pages instead of giving them back every step."""
     torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_flush_denormal(True)
     with suppress(OSError, AttributeError):  # glibc only
         libc = ctypes.CDLL("libc.so.6")
@@ -178,35 +185,139 @@ def has_bf16(device: torch.device) -> bool:
 def provenance() -> dict:
     """What else it takes to run this again: versions, commit, machine."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True) if (here / ".git").exists() else None
+    commit = None
+    with suppress(OSError):
+        if (here / ".git").exists():
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    commit = git.stdout.strip() if git and git.returncode == 0 else None
     return {"versions": versions, "commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(file) on a temporary file, flush it to disk, and only then give it its name."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file, flush it to disk, and only then give it its name: a kill or a full disk leaves the old one whole."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    """A dictionary as JSON."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_log(path: Path, rows: list[dict]) -> None:
     """log.csv from its rows; a figure that does not exist yet is left empty."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+# ---- beginning and going on -----------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> data.Dataset:
+    """The data of a run, its classes in their order of arrival. Fills in the number of known classes."""
+    dataset = data.load_dataset(args.dataset, args.data_dir)
+    own = len(dataset.classes)
+    if args.inject:
+        dataset = data.inject(dataset, args.inject, args.data_dir)
+    if args.per_class:
+        dataset = data.class_subset(dataset, args.per_class, args.seed)
+    if args.known_classes is None:
+        args.known_classes = curriculum.default_known(own)
+    check_data(args, dataset)
+    return data.reorder(dataset, data.class_order(len(dataset.classes), args.class_order, late=len(dataset.classes) - own))
+
+
+def start(args: argparse.Namespace) -> tuple:
+    """A new run: everything checked, the data loaded, the folder made. Raises ValueError, in one line."""
+    check(args)
+    device = pick_device(args.device)
+    if args.dataset == "auto":
+        args.dataset = "cifar10" if device.type == "cuda" else "digits"
+        there, other = ("a", "digits") if device.type == "cuda" else ("no", "cifar10 --model vgg-small")
+        print(f"--dataset auto: {args.dataset}, since there is {there} GPU; the other choice: --dataset {other}")
+    for name, value in DEFAULTS.get(args.dataset.partition(":")[0], {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    dataset = load(args)
+    model.build(args.model, 1)  # a model that cannot be had is refused before the folder is made
+    return args, dataset, device, run_folder(args), None
+
+
+def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
+    """A run to go on with, its settings from args.json. Raises ValueError if it cannot be, or is asked to change."""
+    out = Path(args.out)
+    try:
+        saved = json.loads((out / "args.json").read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"--resume: {out} holds no run (args.json is missing or damaged)") from None
+    free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
+    again = parser()
+    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
+    args = again.parse_args(argv)
+    checkpoint = None
+    if (out / "checkpoint.pt").exists():  # a run that was stopped in its first epoch begins again
+        try:
+            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            kept = checkpoint["args"]
+        except Exception as error:
+            raise ValueError(f"--resume: {out / 'checkpoint.pt'} is damaged ({str(error).splitlines()[0][:80]})") from None
+        if checkpoint["version"] != VERSION:
+            raise ValueError(f"--resume: the checkpoint has version {checkpoint['version']}, this program writes {VERSION}")
+        saved = kept
+    for name in sorted(vars(args).keys() - free):
+        if saved.get(name) != getattr(args, name):
+            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {saved.get(name)}, not {getattr(args, name)}")
+    check(args)
+    return args, load(args), pick_device(args.device), out, checkpoint
+
+
+@dataclass
+class State:
+    """All that a run changes, and so all that a checkpoint holds."""
+
+    network: model.Network
+    optimizer: torch.optim.Optimizer
+    bank: losses.MemoryBank
+    masks: dict[str, Tensor] = field(default_factory=dict)  # of the pruned weights
+    rows: list[dict] = field(default_factory=list)  # of log.csv
+    first_sight: list[dict] = field(default_factory=list)  # accuracy on each late class when its first labels came
+    novelty: list[float] = field(default_factory=list)  # AUROC of each late class when its images came
+
+    def pack(self, args: argparse.Namespace) -> dict:
+        """Plain values and tensors."""
+        plain = {name: getattr(self, name) for name in ("masks", "rows", "first_sight", "novelty")}
+        tensors = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "bank": self.bank.rows}
+        return {"version": VERSION, "args": vars(args), **plain, **tensors}
+
+    def unpack(self, checkpoint: dict) -> None:
+        """The reverse, on to this state's device."""
+        device = self.bank.rows.device
+        self.network.load_state_dict(checkpoint["network"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.bank.rows = checkpoint["bank"].to(device)
+        self.masks = {name: mask.to(device) for name, mask in checkpoint["masks"].items()}
+        self.rows, self.first_sight, self.novelty = (checkpoint[name] for name in ("rows", "first_sight", "novelty"))
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -229,101 +340,46 @@ def one_hot(y: Tensor, known: Tensor, units: int) -> Tensor:
     return F.one_hot(torch.where(known, y, 0), units) * known[:, None]
 
 
-def start(args: argparse.Namespace) -> tuple:
-    """A new run: everything checked, the data loaded, the folder made. Raises ValueError, in one line."""
-    check(args)
-    device = pick_device(args.device)
-    if args.dataset == "auto":
-        args.dataset = "cifar10" if device.type == "cuda" else "digits"
-        other = "--dataset digits for a minute's run" if device.type == "cuda" else "--dataset cifar10 --model vgg-small for real images"
-        print(f"--dataset auto: {args.dataset}, since there is {'a' if device.type == 'cuda' else 'no'} GPU ({other})")
-    defaults = DEFAULTS.get(args.dataset.partition(":")[0], {})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    dataset = load(args)
-    network = model.build(args.model, 1)  # a wrong name is found before the folder is made
-    del network
-    out = run_folder(args)
-    write_json(out / "args.json", vars(args) | provenance())
-    return args, dataset, device, out, None
+def scores(network: model.Network, x: Tensor, taught: Tensor, bf16: bool) -> Tensor:
+    """Probability [N,C] of each unit among those whose class has had a label (taught: bool, one a class)."""
+    logits = evaluate.embed(network, x, "logits", bf16=bf16)
+    return logits.masked_fill(~taught[: logits.shape[1]], float("-inf")).softmax(1)
 
 
-def load(args: argparse.Namespace) -> data.Dataset:
-    """The data of a run, its classes in their order of arrival. Fills in the number of known classes."""
-    dataset = data.load_dataset(args.dataset, args.data_dir)
-    own = len(dataset.classes)
-    if args.inject:
-        dataset = data.inject(dataset, args.inject, args.data_dir)
-    if args.per_class:
-        dataset = data.class_subset(dataset, args.per_class, args.seed)
-    if args.known_classes is None:
-        args.known_classes = curriculum.default_known(own)
-    check_data(args, dataset)
-    return data.reorder(dataset, data.class_order(len(dataset.classes), args.class_order, late=len(dataset.classes) - own))
-
-
-def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
-    """A run to go on with, its settings taken from args.json. Raises ValueError if it cannot be, or is asked to change."""
-    out = Path(args.out)
-    try:
-        saved = json.loads((out / "args.json").read_text())
-        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"--resume: {error.filename} is not there; {out} holds no run that got past its first epoch") from None
-    except Exception as error:
-        raise ValueError(f"--resume: the run in {out} is damaged ({str(error).splitlines()[0]})") from None
-    if checkpoint.get("version") != VERSION:
-        raise ValueError(f"--resume: the checkpoint has version {checkpoint.get('version')}, this program writes {VERSION}")
-    again = parser()
-    names = vars(args).keys()
-    again.set_defaults(**{k: v for k, v in saved.items() if k in names and k not in ("out", "resume", "device")})
-    args = again.parse_args(argv)
-    for name in names - {"out", "resume", "device", "data_dir", "embedding"}:
-        kept, here = checkpoint["args"].get(name), getattr(args, name)
-        if kept != here:
-            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {kept}, not {here}")
-    check(args)
-    return args, load(args), pick_device(args.device), out, checkpoint
+def share(right: Tensor, among: Tensor) -> float | None:
+    """The fraction of True in right [N] where among [N] is true; None where it never is."""
+    return right[among].float().mean().item() if among.any() else None
 
 
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
     """The loop."""
-    classes, known, n = len(dataset.classes), args.known_classes, len(dataset.train_y)
-    dataset, bf16 = dataset.to(device), has_bf16(device)
-    images, y = dataset.train_x, dataset.train_y
+    bf16 = has_bf16(device)
+    dataset = dataset.to(device)
+    images, y, test_x, test_y = dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
+    n, classes, known = len(y), len(dataset.classes), args.known_classes
     leak = data.leak_order(y, args.seed)
-    # During the run a part of the test images has to do; the last epoch sees all of them.
-    some = torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(device)
-
-    def stage_of(epoch: int) -> curriculum.Stage:
-        return curriculum.stage(args.curriculum, epoch, args.epochs, classes, known, args.label_budget, args.prune)
+    stages = [curriculum.stage(args.curriculum, e, args.epochs, classes, known, args.label_budget, args.prune) for e in range(args.epochs)]
 
     torch.manual_seed(args.seed)
-    units = len(checkpoint["network"]["head.weight"]) if checkpoint else stage_of(0).classes
+    units = len(checkpoint["network"]["head.weight"]) if checkpoint else stages[0].classes
     network = model.build(args.model, units, mean=dataset.mean, std=dataset.std).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(network), lr=args.lr, momentum=0.9, nesterov=True)
     bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
-    masks, rows, first_sight, novelty, first_epoch = {}, [], [], [], 0
+    state = State(network, optimizer, bank)
     if checkpoint:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        bank.rows = checkpoint["bank"].to(device)
-        masks = {name: mask.to(device) for name, mask in checkpoint["masks"].items()}
-        rows, first_sight, novelty = checkpoint["rows"], checkpoint["first_sight"], checkpoint["novelty"]
-        first_epoch = checkpoint["epoch"] + 1
-        if first_epoch == args.epochs and (out / "summary.json").exists():
-            print(f"{out} is finished: {args.epochs} epochs; nothing to do")
-            return 0
+        state.unpack(checkpoint)
+    if (out / "summary.json").exists():
+        print(f"{out} is finished: {args.epochs} of {args.epochs} epochs; nothing to do")
+        return 0
     if args.compile:
         network.encoder.compile()
     announce(args, dataset, network, device, bf16, out)
 
     steps = math.ceil(n / args.batch_size)
-    background = max(16, round(0.0064 * n))
-    for epoch in range(first_epoch, args.epochs):
+    background, per_cluster = max(16, round(0.0064 * n)), 42  # neighbours looked at and images a cluster, as at ImageNet's size
+    for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
-        stage, before = stage_of(epoch), stage_of(epoch - 1) if epoch else None
+        stage, before = stages[epoch], stages[epoch - 1] if epoch else None
         mix = {term: 0.0 if term in args.without else weight for term, weight in stage.mix.items()}
         # Each epoch has its own seed, so that a resumed run draws what an uninterrupted one would.
         seed = (args.seed << 20) + epoch
@@ -332,46 +388,45 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
 
         active = y < stage.classes
         labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named))
-        taught = torch.bincount(y[labelled], minlength=classes) > 0  # classes with a label
-        met = before.classes if before else 0
-        had = data.label_mask(leak, y, before.label_fraction if before else 0.0, range(before.named if before else 0))
+        taught = y[labelled].bincount(minlength=classes) > 0  # the classes that have a label
+        met, was_taught = 0, torch.zeros_like(taught)
+        if before:
+            met = before.classes
+            was_taught = y[data.label_mask(leak, y, before.label_fraction, range(before.named))].bincount(minlength=classes) > 0
 
         # Newcomers: their images join the pool, and the memory bank, before anything is learned from them.
         if stage.classes > met:
             new = ((y >= met) & active).nonzero()[:, 0]
             bank.update(new, evaluate.embed(network, images[new], "z", bf16=bf16), momentum=0)
-            if met and had.any():
-                score = -scores(network, dataset.test_x, taught, bf16).amax(1)
-                seen = (dataset.test_y < stage.classes) & (taught[dataset.test_y] | (dataset.test_y >= met))
-                novelty.append(evaluate.novelty_auroc(score[seen], dataset.test_y[seen] >= met))
+            if was_taught.any():
+                surprise = -scores(network, test_x, was_taught, bf16).amax(1)
+                is_new = (test_y >= met) & (test_y < stage.classes)
+                compared = is_new | was_taught[test_y]
+                state.novelty.append(evaluate.novelty_auroc(surprise[compared], is_new[compared]))
 
         # Names: the first labels of a class give it a unit that points at them, before any gradient step.
         if stage.named > network.head.out_features:
             grow_prune.grow_head(network.head, optimizer, stage.named - network.head.out_features)
-        if epoch:
-            for c in (taught & ~(torch.bincount(y[had], minlength=classes) > 0)).nonzero()[:, 0].tolist():
-                mine = labelled & (y == c)
-                grow_prune.imprint(network.head, c, evaluate.embed(network, images[mine], bf16=bf16))
-                if c >= known:
-                    theirs = dataset.test_y == c
-                    guess = scores(network, dataset.test_x[theirs], taught, bf16).argmax(1)
-                    first_sight.append(
-                        {"class": dataset.classes[c], "labels": int(mine.sum()), "accuracy": (guess == c).float().mean().item()}
-                    )
+        for c in (taught & ~was_taught).nonzero()[:, 0].tolist() if epoch else []:
+            mine, theirs = labelled & (y == c), test_y == c
+            grow_prune.imprint(network.head, c, evaluate.embed(network, images[mine], bf16=bf16))
+            if c >= known:
+                right = scores(network, test_x[theirs], taught, bf16).argmax(1) == c
+                state.first_sight.append({"class": dataset.classes[c], "labels": int(mine.sum()), "accuracy": right.float().mean().item()})
 
         # Neighbours: this epoch's clusters, and what the labelled neighbours say about the rest.
         pool = active.nonzero()[:, 0]
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
-            clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / 42)), generator=generator)
+            clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / per_cluster)), generator=generator)
         if labelled.any():
             pseudo[pool], confidence[pool] = losses.propagate_labels(bank.rows[pool], y[pool], labelled[pool], balance=True)
 
-        use = taught[: network.head.out_features]
         network.train()
+        in_use = taught[: network.head.out_features]
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(active, labelled, args.batch_size, steps, stage.labelled_share, draws)
-        for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, mininterval=1, delay=2)):
+        for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
             view1, view2 = augment.two_views(images[index], dataset.scale, dataset.flip, dataset.color, generator)
@@ -387,31 +442,34 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             if mix["aggregation"]:
                 terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, background)
             if mix["propagation"] and labelled.any():
-                onehot = one_hot(pseudo[index2], pseudo[index2] >= 0, logits.shape[1])
-                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, use, background)
+                onehot = one_hot(pseudo[index2], pseudo[index2] >= 0, len(in_use))
+                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, background)
             if mix["supervised"] and labelled.any():
-                onehot = one_hot(y[index2], labelled[index2], logits.shape[1])
-                terms["supervised"] = losses.supervised(logits, onehot, use)
+                terms["supervised"] = losses.supervised(logits, one_hot(y[index2], labelled[index2], len(in_use)), in_use)
+
             if terms:
-                loss = sum(mix[term] * value for term, value in terms.items())
                 optimizer.zero_grad()
-                loss.backward()
+                sum(mix[term] * loss for term, loss in terms.items()).backward()
                 optimizer.step()
-                grow_prune.apply_masks(network.encoder, masks)
+                grow_prune.apply_masks(network.encoder, state.masks)
             bank.update(index, z1.detach() + z2.detach())
-            for term, value in terms.items():
-                record[step, TERMS.index(term)] = value.detach()
+            for term, loss in terms.items():
+                record[step, TERMS.index(term)] = loss.detach()
         stop_if_not_finite(record, network, epoch, stage.name)
 
         if stage.sparsity > 0:
-            masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
-
+            state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
         trained = time.perf_counter()
-        chosen = slice(None) if epoch == args.epochs - 1 else some
-        test_x, test_y = dataset.test_x[chosen], dataset.test_y[chosen]
-        guess = scores(network, test_x, taught, bf16).argmax(1) if taught.any() else None
+
+        # During the run a part of the test images has to do; the last epoch sees all of them.
+        some = slice(None)
+        if epoch < args.epochs - 1:
+            some = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(device)
+        right = guess = None
+        if taught.any():
+            guess = scores(network, test_x[some], taught, bf16).argmax(1)
+            right = guess == test_y[some]
         hidden = active & ~labelled & (pseudo >= 0)  # where propagation had to guess
-        mean = {term: value.item() if mix[term] and value else None for term, value in zip(TERMS, record.mean(0), strict=True)}
         row = {
             "epoch": epoch + 1,
             "stage": stage.name,
@@ -419,53 +477,27 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             "units": network.head.out_features,
             "labels": int(labelled.sum()),
             "label_fraction": int(labelled.sum()) / n,
-            "accuracy": None if guess is None else (guess == test_y).float().mean().item(),
-            "old_accuracy": None if guess is None else share(guess == test_y, test_y < known),
-            "new_accuracy": None if guess is None else share(guess == test_y, test_y >= known),
+            "accuracy": None if right is None else right.float().mean().item(),
+            "old_accuracy": None if right is None else share(right, test_y[some] < known),
+            "new_accuracy": None if right is None else share(right, test_y[some] >= known),
             "pseudo_accuracy": share(pseudo == y, hidden),
             "pseudo_coverage": share(confidence > 0.8, hidden),
             "pseudo_confident_accuracy": share(pseudo == y, hidden & (confidence > 0.8)),
             "sparsity": grow_prune.sparsity_of(network.encoder),
-            **{f"loss_{term}": value for term, value in mean.items()},
+            **{f"loss_{t}": loss if mix[t] and loss else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)},
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "images_per_second": steps * args.batch_size / (trained - began),
-            "seconds": time.perf_counter() - began,
-            **{
-                f"accuracy_{name}": None if guess is None else accuracy
-                for name, accuracy in zip(
-                    dataset.classes, evaluate.class_accuracy(test_y if guess is None else guess, test_y, classes), strict=True
-                )
-            },
         }
-        rows.append(row)
-        write_log(out / "log.csv", rows)
-        print(progress_line(row, args.epochs, rows), flush=True)
-        state = {
-            "version": VERSION,
-            "args": vars(args),
-            "epoch": epoch,
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "bank": bank.rows,
-            "masks": masks,
-            "rows": rows,
-            "first_sight": first_sight,
-            "novelty": novelty,
-        }
-        write_atomically(out / "checkpoint.pt", lambda file, state=state: torch.save(state, file))
-    finish(args, dataset, network, out, rows, first_sight, novelty, leak, bf16)
+        by_class = [None] * classes if right is None else evaluate.class_accuracy(guess, test_y[some], classes)
+        row |= {f"accuracy_{name}": value for name, value in zip(dataset.classes, by_class, strict=True)}
+        row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
+        state.rows.append(row)
+        write_checkpoint(out / "checkpoint.pt", state.pack(args))
+        write_log(out / "log.csv", state.rows)
+        print(progress_line(row, args.epochs, state.rows), flush=True)
+
+    write_log(out / "log.csv", state.rows)
+    finish(args, dataset, state, leak, stages, bf16, out)
     return 0
-
-
-def scores(network: model.Network, x: Tensor, taught: Tensor, bf16: bool) -> Tensor:
-    """Probability [N,C] of each unit among those whose class has had a label."""
-    logits = evaluate.embed(network, x, "logits", bf16=bf16)
-    return logits.masked_fill(~taught[: logits.shape[1]], float("-inf")).softmax(1)
-
-
-def share(right: Tensor, among: Tensor) -> float | None:
-    """The fraction of True in right [N] where among [N] is true; None where it never is."""
-    return right[among].float().mean().item() if among.any() else None
 
 
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
@@ -482,109 +514,96 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
     raise ValueError(f"epoch {epoch + 1} ({stage}): {what}; the checkpoint of the epoch before is kept. Try a lower --lr")
 
 
-def announce(args: argparse.Namespace, dataset: data.Dataset, network: model.Network, device: torch.device, bf16: bool, out: Path) -> None:
+# ---- what people see ------------------------------------------------------------------------------------------------
+
+
+def announce(args: argparse.Namespace, dataset: data.Dataset, network: model.Network, device: torch.device, bf16: bool, out: Path):
     """What is about to happen, and the heading of the lines that follow."""
     weights = sum(p.numel() for p in network.parameters()) / 1e6
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    late = ", ".join(dataset.classes[args.known_classes :][:5]) or "none"
-    print(
-        f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset} in {len(dataset.classes)} classes (late: {late}), {args.epochs} epochs"
-    )
-    print(f"{args.model} with {weights:.2f} M weights on {where}, {'bfloat16' if bf16 else 'float32'}; writing to {out}\n")
-    print("epoch    stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new  pruned   img/s    left")
+    late = dataset.classes[args.known_classes :]
+    print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
+    print(f"known at first: {', '.join(dataset.classes[: args.known_classes][:12])}; late: {', '.join(late[:12]) or 'none'}")
+    print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if bf16 else 'float32'}; writing to {out}\n")
+    print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new  pruned  img/s    left")
+
+
+def percent(value: float | None) -> str:
+    """0.1234 -> "12.3%", None -> "-"."""
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def progress_line(row: dict, epochs: int, rows: list[dict]) -> str:
     """One epoch as one line."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}%"
-
     terms = "  ".join("     -" if row[f"loss_{t}"] is None else f"{row[f'loss_{t}']:6.3f}" for t in TERMS)
-    recent = rows[-5:]
-    left = round((epochs - row["epoch"]) * sum(r["seconds"] for r in recent) / len(recent))
+    recent = [r["seconds"] for r in rows[-5:]]
+    left = round((epochs - row["epoch"]) * sum(recent) / len(recent))
+    accuracy, old, new, pruned = (percent(row[k]) for k in ("accuracy", "old_accuracy", "new_accuracy", "sparsity"))
     return (
-        f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:11s}  {row['classes']:7d}  {row['labels']:6d}  {terms}  {percent(row['accuracy']):>8s}"
-        f"  {percent(row['old_accuracy']):>5s}  {percent(row['new_accuracy']):>5s}  {percent(row['sparsity']):>6s}"
-        f"  {row['images_per_second']:6.0f}  {left // 60:3d}:{left % 60:02d}"
+        f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}  {terms}  "
+        f"{accuracy:>8s}  {old:>5s}  {new:>5s}  {pruned:>6s}  {row['images_per_second']:5.0f}  {left // 60:3d}:{left % 60:02d}"
     )
 
 
-def finish(args, dataset, network, out, rows, first_sight, novelty, leak, bf16) -> None:
-    """The final figures: measured on the last epoch, written to summary.json, drawn, and printed."""
-    y, classes = dataset.train_y, len(dataset.classes)
-    budget = data.label_mask(leak, y, args.label_budget, range(classes))
+def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: Tensor, stages: list, bf16: bool, out: Path) -> None:
+    """The final figures, measured on the last epoch: printed, drawn, and written to summary.json, which ends the run."""
+    network, rows, last = state.network, state.rows, state.rows[-1]
+    y, test_y, names, known = dataset.train_y, dataset.test_y, dataset.classes, args.known_classes
+    budget = data.label_mask(leak, y, args.label_budget, range(len(names)))
     train_h, test_h = (evaluate.embed(network, x, bf16=bf16) for x in (dataset.train_x, dataset.test_x))
-    last = rows[-1]
-    per_class = [[row[f"accuracy_{name}"] for name in dataset.classes] for row in rows if row["accuracy"] is not None]
-    at_sight = [s["accuracy"] for s in first_sight]
+    taught = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
+    at_sight = [s["accuracy"] for s in state.first_sight]
+    clusters = evaluate.cluster_scores(test_h, test_y)
     summary = {
         **{key: last[key] for key in ("accuracy", "old_accuracy", "new_accuracy")},
-        "probe": evaluate.linear_probe(train_h, y, test_h, dataset.test_y),
-        "probe_leaked": evaluate.linear_probe(train_h[budget], y[budget], test_h, dataset.test_y) if budget.any() else None,
-        "knn": evaluate.knn_accuracy(train_h, y, test_h, dataset.test_y),
-        **{"cluster_accuracy" if k == "accuracy" else k: v for k, v in evaluate.cluster_scores(test_h, dataset.test_y).items()},
-        "forgetting": float(evaluate.forgetting(per_class)[: args.known_classes].mean()) if per_class else None,
         "first_sight": sum(at_sight) / len(at_sight) if at_sight else None,
-        "first_sight_classes": first_sight,
-        "novelty_auroc": sum(novelty) / len(novelty) if novelty else None,
+        "probe": evaluate.linear_probe(train_h, y, test_h, test_y),
+        "probe_leaked": evaluate.linear_probe(train_h[budget], y[budget], test_h, test_y) if budget.any() else None,
+        "knn": evaluate.knn_accuracy(train_h, y, test_h, test_y),
+        "cluster_accuracy": clusters.pop("accuracy"),
+        **clusters,
+        "forgetting": float(evaluate.forgetting(taught).mean()) if taught else None,
+        "novelty_auroc": sum(state.novelty) / len(state.novelty) if state.novelty else None,
         "sparsity": last["sparsity"],
         "labels_used": last["labels"],
         "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
         "seconds": sum(row["seconds"] for row in rows),
-        "classes": dataset.classes,
+        "first_sight_classes": state.first_sight,
+        "classes": names,
     }
-    stages = [
-        curriculum.stage(args.curriculum, e, args.epochs, classes, args.known_classes, args.label_budget, args.prune)
-        for e in range(args.epochs)
-    ]
-    evaluate.draw_curves(rows, dataset.classes, args.known_classes, out / "curves.png")
-    evaluate.draw_curricula({args.curriculum: stages}, out / "curriculum.png")
-    evaluate.draw_embedding(test_h, dataset.test_y, dataset.classes, out / "embedding.png", args.embedding, args.known_classes)
-    drawn = ["curves", "curriculum", "embedding"]
+    pictures = {
+        "curves": lambda path: evaluate.draw_curves(rows, names, known, path),
+        "curriculum": lambda path: evaluate.draw_curricula({args.curriculum: stages}, path),
+        "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
+    }
     if last["accuracy"] is not None:
-        logits = evaluate.embed(network, dataset.test_x, "logits", bf16=bf16)
-        evaluate.draw_confusion(logits.argmax(1), dataset.test_y, dataset.classes, out / "confusion.png")
-        drawn.append("confusion")
+        guess = evaluate.embed(network, dataset.test_x, "logits", bf16=bf16).argmax(1)
+        pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
+    for name, draw in pictures.items():
+        draw(out / f"{name}.png")
     write_json(out / "summary.json", summary)
-
-    print()
-    for key, text in (
-        ("accuracy", "head, all classes"),
-        ("old_accuracy", f"head, the {args.known_classes} classes known at the start"),
-        ("new_accuracy", "head, the late classes"),
-        ("first_sight", "late classes at the moment of their first labels"),
-        ("probe", "linear probe on the frozen encoder, all labels"),
-        ("probe_leaked", "linear probe, the label budget only"),
-        ("knn", "20 nearest neighbours, all labels"),
-        ("ari", "adjusted Rand index of the k-means clusters"),
-        ("nmi", "normalised mutual information of the same"),
-        ("silhouette", "silhouette of the same"),
-        ("forgetting", "lost since its best epoch, mean over old classes"),
-        ("sparsity", "of the encoder's weights are zero"),
-    ):
-        value = summary[key]
-        unit = "" if key in ("ari", "nmi", "silhouette") else "%"
-        print(f"{key:13s} {'-' if value is None else f'{100 * value:.1f}%' if unit else f'{value:.3f}':>7s}   {text}")
-    print(f"{'labels_used':13s} {summary['labels_used']:7d}   of {len(y):,}")
-    print(f"{'seconds':13s} {summary['seconds']:7.0f}   {summary['images_per_second']:,.0f} images/s\n")
-    print(f"{out}/: summary.json log.csv checkpoint.pt {' '.join(f'{name}.png' for name in drawn)}")
+    print(f"\n{evaluate.describe(summary, len(y), known)}\n")
+    print(f"{out}/: summary.json log.csv checkpoint.pt {' '.join(f'{name}.png' for name in pictures)}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; the exit status."""
+    args = None
     try:
         args = parser().parse_args(argv)
-        if args.resume:
-            if args.out is None:
-                raise ValueError("--resume needs --out, the folder of the run to go on with")
-            return train(*resume(args, argv))
-        return train(*start(args))
+        if args.resume and args.out is None:
+            raise ValueError("--resume needs --out, the folder of the run to go on with")
+        tune_machine(args.deterministic)
+        ready = resume(args, argv) if args.resume else start(args)
+        return train(*ready)
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"train.py: error: {error.filename or args.out}: {error.strerror}; the last checkpoint is whole", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nstopped; the last whole epoch is kept: python train.py --resume --out <its folder>", file=sys.stderr)
+        print(f"\nstopped; go on with: python train.py --resume --out {args.out if args else 'DIR'}", file=sys.stderr)
         return 130
 
 
