@@ -66,7 +66,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
     else:
         name = "maturity"
     mix = {
-        "ntxent": 1.0 - 0.5 * leak,
+        "ntxent": 1.0 - 0.8 * leak,
         "aggregation": 0.5 * ramp(progress, 0.10, 0.20),
         "propagation": leak,
         "supervised": float(leak > 0),

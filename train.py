@@ -36,7 +36,7 @@ import model
 
 # What a data set is trained with unless a flag says otherwise. lr is the peak, for SGD with momentum at that batch size.
 DEFAULTS = {
-    "digits": dict(model="cnn", epochs=40, batch_size=128, lr=0.06),
+    "digits": dict(model="cnn", epochs=60, batch_size=128, lr=0.06),
     "mnist": dict(model="cnn", epochs=5, batch_size=128, lr=0.06),
     "cifar10": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "cifar100": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
@@ -420,7 +420,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / per_cluster)), generator=generator)
         if labelled.any():
-            pseudo[pool], confidence[pool] = losses.propagate_labels(bank.rows[pool], y[pool], labelled[pool], balance=True)
+            pseudo[pool], confidence[pool] = losses.propagate_labels(
+                bank.rows[pool], y[pool], labelled[pool], k=50, temperature=0.1, balance=True
+            )
 
         network.train()
         in_use = taught[: network.head.out_features]
