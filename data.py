@@ -88,6 +88,11 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
+def reason(error: BaseException) -> str:
+    """An error's message on one line, or its name if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def channel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Exact mean and standard deviation per channel of uint8 images, in 0..1, from histograms."""
     value = torch.arange(256, dtype=torch.float64) / 255
@@ -128,9 +133,9 @@ def read_torchvision(name: str, root: Path, download: bool) -> tuple[tuple, list
             parts = [make(root, train=train, download=True) for train in (True, False)]
     except Exception as error:
         state = "is incomplete or altered" if found else "is not there"
-        reason = str(error).splitlines()[0] if download else "no download was asked for"
+        cause = reason(error) if download else "no download was asked for"
         raise ValueError(
-            f"{name}: {root / ARCHIVES[name]} {state} and could not be downloaded ({reason}); "
+            f"{name}: {root / ARCHIVES[name]} {state} and could not be downloaded ({cause}); "
             f"put the original files there, or use --dataset digits"
         ) from None
     splits = []
@@ -156,7 +161,7 @@ def read_folder(path: Path) -> tuple[tuple, list[str]]:
         try:
             folders.append(torchvision.datasets.ImageFolder(path / split))
         except FileNotFoundError as error:
-            raise ValueError(f"{path / split}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path / split}: {reason(error)}") from None
     train, test = folders
     missing = sorted(set(train.classes) ^ set(test.classes))
     if missing:
@@ -199,8 +204,8 @@ def read_image(name: str) -> np.ndarray:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
             return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable image ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # PIL's readers raise whatever a torn file makes them trip over
+        raise ValueError(f"{name}: not a readable image ({reason(error)})") from None
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------

@@ -319,11 +319,14 @@ NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "e
 def read_run(folder: str | Path) -> tuple[dict, dict]:
     """args.json and summary.json of a finished run. Raises ValueError, in one line, if they are not there or not whole."""
     try:
-        return tuple(json.loads((Path(folder) / name).read_text()) for name in ("args.json", "summary.json"))
+        args, summary = (json.loads((Path(folder) / name).read_text()) for name in ("args.json", "summary.json"))
     except OSError as error:
         raise ValueError(f"{folder}: not a finished run ({Path(error.filename).name} is not there)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}: damaged ({error})") from None
+    if "curriculum" not in args or "labels_used" not in summary:
+        raise ValueError(f"{folder}: not a run (args.json or summary.json holds something else)")
+    return args, summary
 
 
 def compare(folders: Sequence[str | Path]) -> dict[str, dict]:

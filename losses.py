@@ -68,11 +68,16 @@ class MemoryBank:
         An image that occurs more than once counts with the mean of its embeddings.
         """
         momentum = self.momentum if momentum is None else momentum
-        place, inverse = index.unique(return_inverse=True)
         z = F.normalize(z.float(), dim=1)
-        total = torch.zeros(len(place), z.shape[1], device=z.device).index_add_(0, inverse, z)
-        mean = total / inverse.bincount(minlength=len(place))[:, None]
-        self.rows[place] = F.normalize(momentum * self.rows[place] + (1 - momentum) * mean, dim=1)
+        order = index.argsort()
+        first = torch.ones_like(index, dtype=torch.bool)
+        first[1:] = index[order][1:] != index[order][:-1]
+        group = torch.empty_like(index)
+        group[order] = first.cumsum(0) - 1  # one number for each distinct image; unlike unique(), this waits for no GPU
+        total = torch.zeros_like(z).index_add_(0, group, z)
+        count = torch.zeros_like(z[:, 0]).index_add_(0, group, torch.ones_like(z[:, 0]))
+        mean = total[group] / count[group, None]
+        self.rows[index] = F.normalize(momentum * self.rows[index] + (1 - momentum) * mean, dim=1)
 
 
 # ---- clusters -------------------------------------------------------------------------------------------------------
@@ -140,6 +145,22 @@ def clusterings(
 # ---- local aggregation ----------------------------------------------------------------------------------------------
 
 
+def neighbours(z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rows of the bank most similar to each z, without the image itself: B_i of local aggregation.
+
+    z: unit rows [B,D] of the images `index` int64 [B]; active: bool [N], the rows to look at. Returns the rows' numbers
+    int64 [B,k], nearest first, -1 where there are fewer than k, and their similarities float32 [B,k], with gradient.
+    """
+    z, rows = z.float(), bank.rows
+    with torch.no_grad():
+        near = torch.empty(len(z), min(k, len(rows)), dtype=torch.long, device=z.device)
+        for part in chunks(len(z), len(rows)):
+            similarity = (z[part] @ rows.T).masked_fill_(~active, -2.0)
+            best, near[part] = similarity.scatter_(1, index[part, None], -2.0).topk(near.shape[1], dim=1)
+            near[part] = near[part].masked_fill(best < -1.5, -1)
+    return near, torch.bmm(rows[near.clamp(min=0)], z[:, :, None])[:, :, 0]
+
+
 def local_aggregation(
     z: Tensor,
     index: Tensor,
@@ -148,6 +169,7 @@ def local_aggregation(
     background: int = 64,
     temperature: float = 0.07,
     reduction: str = "mean",
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Of the background neighbours of an image, those in its own cluster should be the likely ones (equation 6).
 
@@ -158,28 +180,18 @@ def local_aggregation(
         loss_i = log sum_{j in B_i} exp(m_j . z_i / temperature) - log sum_{j in B_i and C_i} exp(m_j . z_i / temperature)
 
     The nearest neighbour counts as close where nothing else does. An image with no neighbour at all has loss 0.
+    found: B_i and its similarities from `neighbours`, where several losses share one search.
     """
-    rows, own = bank.rows, clusters[:, index]  # (N, D), (H, B)
-    present = (clusters >= 0).any(0)
-    z = z.float()
-    with torch.no_grad():  # the search; the similarities of the few found are computed again, with gradient
-        near = []
-        k = min(background, len(rows))
-        for part in chunks(len(z), len(rows)):
-            similarity = (z[part] @ rows.T).masked_fill_(~present, -2.0)
-            similarity.scatter_(1, index[part, None], -2.0)
-            near.append(similarity.topk(k, dim=1))
-        similarity, near = (torch.cat(t) for t in zip(*near, strict=True))  # (B, k)
-        real = similarity > -1.5  # fewer than k rows may be there
-        close = torch.zeros_like(real)
-        for cluster, mine in zip(clusters, own, strict=True):
-            close |= cluster[near] == mine[:, None]
-        close &= real
-        close[:, 0] |= ~close.any(1)
-        close &= real
-    similarity = torch.bmm(rows[near], z[:, :, None])[:, :, 0] / temperature
+    near, similarity = found or neighbours(z, index, bank, (clusters >= 0).any(0), background)
+    there = near >= 0
+    close = torch.zeros_like(there)
+    for cluster in clusters:
+        close |= cluster[near.clamp(min=0)] == cluster[index, None]
+    close &= there
+    close[:, 0] |= there[:, 0] & ~close.any(1)
+    similarity = similarity / temperature
     # A large finite number instead of -inf, whose gradient would not be a number in a row with no neighbour.
-    total = similarity.masked_fill(~real, -1e4).logsumexp(1)
+    total = similarity.masked_fill(~there, -1e4).logsumexp(1)
     agree = similarity.masked_fill(~close, -1e4).logsumexp(1)
     return reduce(total - agree, reduction)
 
@@ -263,14 +275,16 @@ def propagation(
     background: int = 64,
     temperature: float = 0.07,
     reduction: str = "mean",
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Learn the propagated labels, each weighted by its confidence (arXiv 1905.11581, equation 7).
 
     z [B,D], logits [B,C], onehot [B,C] (of the pseudo-labels) belong to the images `index` [B]; pseudo int64 [N] and
-    confidence [N] to all images, from `propagate_labels`; active: bool [C], the units that take part.
+    confidence [N] to all images, from `propagate_labels`; active: bool [C], the units that take part;
+    found: from `neighbours`, where several losses share one search.
 
         loss_i = confidence_i [ local aggregation with the images of the same pseudo-label + cross-entropy(pseudo-label) ]
     """
-    together = local_aggregation(z, index, bank, pseudo[None], background, temperature, reduction="none")
+    together = local_aggregation(z, index, bank, pseudo[None], background, temperature, "none", found)
     named = supervised(logits, onehot, active, reduction="none")
     return reduce(confidence[index] * (together + named), reduction)

@@ -4,8 +4,11 @@ or against torchvision and scikit-learn; the command line is checked by running 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
@@ -27,6 +32,8 @@ import train
 
 HERE = Path(__file__).parent
 REAL = HERE / "data"
+any_example = settings(max_examples=40, deadline=None, derandomize=True)
+seeds, fractions = st.integers(0, 2**31 - 1), st.floats(0, 1)
 
 
 def seeded(seed=0):
@@ -132,20 +139,30 @@ def test_views_take_uint8_and_differ():
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def test_labels_leak_nested_stratified_and_exactly():
-    y = torch.tensor([0] * 50 + [1] * 20 + [2] * 7)[torch.randperm(77, generator=seeded())]
-    order = data.leak_order(y, seed=3)
-    for c in range(3):
-        assert sorted(order[y == c].tolist()) == list(range(int((y == c).sum())))
-    before = torch.zeros(77, dtype=torch.bool)
-    for fraction in np.linspace(0, 1, 41):
-        mask = data.label_mask(order, y, float(fraction), [0, 2])
+@any_example
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.lists(fractions, max_size=5), st.sets(st.integers(0, 7)), seeds)
+def test_labels_leak_nested_stratified_and_exactly(sizes, some_fractions, classes, seed):
+    assume(sum(sizes))
+    y = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes), generator=seeded())]
+    order = data.leak_order(y, seed)
+    for c, size in enumerate(sizes):
+        assert sorted(order[y == c].tolist()) == list(range(size))
+    before = torch.zeros(len(y), dtype=torch.bool)
+    for fraction in sorted([0.0, *some_fractions, 1.0]):
+        mask = data.label_mask(order, y, fraction, sorted(classes))
         assert mask[before].all()
-        assert [int((mask & (y == c)).sum()) for c in range(3)] == [int(50 * fraction + 0.5), 0, int(7 * fraction + 0.5)]
+        exact = [int(size * fraction + 0.5) * (c in classes) for c, size in enumerate(sizes)]
+        assert [int((mask & (y == c)).sum()) for c in range(len(sizes))] == exact
         before = mask
-    assert torch.equal(order, data.leak_order(y, 3)) and not torch.equal(order, data.leak_order(y, 4))
-    with pytest.raises(ValueError):
-        data.label_mask(order, y, 1.5, [0])
+    assert torch.equal(order, data.leak_order(y, seed)) and (len(y) < 50 or not torch.equal(order, data.leak_order(y, seed + 1)))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan])
+def test_fractions_are_refused_outside_their_range(fraction):
+    with pytest.raises(ValueError, match="0..1"):
+        data.label_mask(torch.arange(3), torch.zeros(3, dtype=torch.long), fraction, [0])
+    with pytest.raises(ValueError, match="0..1"):
+        grow_prune.prune_smallest(nn.Linear(2, 2), fraction)
 
 
 def test_batches_cover_the_pool_and_draw_their_share_of_labels():
@@ -290,12 +307,22 @@ def test_nt_xent_is_its_definition(n, d, tau):
     assert losses.nt_xent(z1, z2, tau, "none").shape == (2 * n,)
 
 
-def test_nt_xent_of_chance_and_its_symmetries():
+@any_example
+@given(st.integers(1, 24), st.integers(1, 16), st.floats(0.05, 2.0), st.floats(0.1, 10.0), seeds)
+def test_nt_xent_is_symmetric_under_swapping_permuting_and_scaling(n, d, tau, scale, seed):
+    z1, z2 = (torch.randn(n, d, generator=seeded(seed + i), dtype=torch.float64) for i in (0, 1))
+    order = torch.randperm(n, generator=seeded(seed))
+    loss = losses.nt_xent(z1, z2, tau)
+    assert torch.isfinite(loss) and loss > -1e-5
+    for other in ((z2, z1), (z1[order], z2[order]), (scale * z1, z2)):
+        torch.testing.assert_close(losses.nt_xent(*other, tau), loss, atol=1e-4, rtol=1e-4)
+    each = losses.nt_xent(z1, z2, tau, "none").view(2, n)
+    torch.testing.assert_close(losses.nt_xent(z1[order], z2[order], tau, "none"), each[:, order].flatten(), atol=1e-4, rtol=1e-4)
+
+
+def test_nt_xent_of_chance_and_of_equal_views():
     z1, z2 = unit_rows(256, 512, 0), unit_rows(256, 512, 1)
     assert abs(losses.nt_xent(z1, z2).item() - math.log(511)) < 0.05
-    order = torch.randperm(256, generator=seeded())
-    for other in (losses.nt_xent(z2, z1), losses.nt_xent(z1[order], z2[order]), losses.nt_xent(3 * z1, z2)):
-        torch.testing.assert_close(other, losses.nt_xent(z1, z2))
     assert torch.isfinite(losses.nt_xent(z1, z1, 0.01))
 
 
@@ -443,17 +470,27 @@ def test_propagation_weighs_both_terms_by_confidence():
 
 
 @pytest.mark.parametrize("name", curriculum.CURRICULA)
-@pytest.mark.parametrize("num_classes, epochs", [(10, 30), (3, 7), (100, 200), (12, 1)])
-def test_schedules_are_monotone_and_bounded(name, num_classes, epochs):
-    stages = [curriculum.stage(name, e, epochs, num_classes, budget=0.2, sparsity=0.8) for e in range(epochs)]
+@any_example
+@given(st.data(), st.integers(1, 120), st.integers(2, 60), fractions, fractions)
+def test_schedules_are_monotone_and_bounded(name, draw, epochs, num_classes, budget, sparsity):
+    known = draw.draw(st.integers(1, num_classes))
+    stages = [curriculum.stage(name, e, epochs, num_classes, known, budget, sparsity) for e in range(epochs)]
     for before, after in zip(stages, stages[1:], strict=False):
         for field in ("classes", "named", "label_fraction", "sparsity"):
             assert getattr(before, field) <= getattr(after, field)
+    most = known if name == "self-known" else num_classes
+    labels = {"self": 0, "self-known": 0, "supervised": 1}.get(name, budget)
     for s in stages:
-        assert 1 <= s.classes <= num_classes and 0 <= s.named <= s.classes and 0 <= s.sparsity <= 0.8
-        assert 0 <= s.label_fraction <= (1 if name == "supervised" else 0.2) and all(0 <= w <= 1 for w in s.mix.values())
+        assert (1 if name != "gradual" else known) <= s.classes <= most and 0 <= s.named <= s.classes and 0 <= s.sparsity <= sparsity
+        assert (
+            0 <= s.label_fraction <= labels
+            and all(0 <= w <= 1 for w in (*s.mix.values(), s.labelled_share))
+            and set(s.mix) == {*train.TERMS}
+        )
     if epochs > 1:
-        assert math.isclose(stages[-1].sparsity, 0.8)
+        last = stages[-1]
+        assert (last.classes, last.named) == (most, 0 if name in ("self", "self-known") else num_classes)
+        assert (last.label_fraction, last.sparsity) == pytest.approx((labels, sparsity))
 
 
 def test_gradual_tells_its_story():
@@ -512,33 +549,43 @@ def test_imprinted_unit_is_the_mean_direction():
     assert torch.equal(head.weight[:2], others)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
-def test_pruning_zeroes_exactly_the_smallest_and_they_stay_zero_through_momentum(sparsity):
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+actions = st.one_of(st.just("step"), st.tuples(st.just("grow"), st.integers(1, 3)), st.tuples(st.just("prune"), fractions))
 
-    def step(masks):
-        loss = network(torch.randn(4, 3, 3, 3)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        grow_prune.apply_masks(network, masks)
 
-    step({})
-    sizes = torch.cat([network[i].weight.abs().flatten() for i in (0, 3)])
-    masks = grow_prune.prune_smallest(network, sparsity)
-    kept = torch.cat([m.flatten() for m in masks.values()])
-    assert set(masks) == {"0.weight", "3.weight"} and int((~kept).sum()) == round(sparsity * len(sizes))
-    if 0 < sparsity < 1:
-        assert sizes[~kept].max() <= sizes[kept].min()
-    for _ in range(3):
-        step(masks)
-        for name, mask in masks.items():
-            assert (network.get_parameter(name)[~mask] == 0).all()
-    more = grow_prune.prune_smallest(network, min(1.0, sparsity + 0.05))
-    assert all(not (more[n] & ~masks[n]).any() for n in masks)
-    assert math.isclose(grow_prune.sparsity_of(network), min(1.0, sparsity + 0.05), abs_tol=0.01)
+@any_example
+@given(st.lists(actions, max_size=12), seeds)
+def test_growth_and_pruning_in_any_order_keep_their_invariants(todo, seed):
+    torch.manual_seed(seed)
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 5))
+    head = model.CosineHead(5, 2)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *head.parameters()], 0.1, momentum=0.9)
+    masks, sparsity = {}, 0.0
+    for action in todo:
+        if action == "step":
+            loss = F.cross_entropy(head(encoder(torch.randn(4, 3, 3, 3))), torch.arange(4) % head.out_features)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()  # its momentum moves what was pruned
+            grow_prune.apply_masks(encoder, masks)
+        elif action[0] == "grow":
+            rows, momentum = head.weight.detach().clone(), optimizer.state[head.weight].get("momentum_buffer")
+            grow_prune.grow_head(head, optimizer, action[1])
+            assert len(head.weight) == head.out_features == len(rows) + action[1] and torch.equal(head.weight[: len(rows)], rows)
+            if momentum is not None:
+                now = optimizer.state[head.weight]["momentum_buffer"]
+                assert torch.equal(now[: len(rows)], momentum) and not now[len(rows) :].any()
+        else:
+            sparsity = max(sparsity, action[1])
+            sizes = torch.cat([p.detach().abs().flatten() for p in grow_prune.prunable(encoder).values()])
+            before, masks = masks, grow_prune.prune_smallest(encoder, sparsity)
+            kept = torch.cat([mask.flatten() for mask in masks.values()])
+            assert set(masks) == {"0.weight", "3.weight"} and int((~kept).sum()) == round(sparsity * len(kept))
+            assert kept.all() or not kept.any() or sizes[~kept].max() <= sizes[kept].min()
+            assert not any((masks[name] & ~mask).any() for name, mask in before.items())  # what is pruned stays so
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        assert {*map(id, parameters)} == {id(p) for p in (*encoder.parameters(), *head.parameters())} >= {*map(id, optimizer.state)}
+        assert all(not encoder.get_parameter(name)[~mask].any() for name, mask in masks.items())
+        assert math.isclose(grow_prune.sparsity_of(encoder), round(sparsity * 256) / 256)  # of 216 + 40 weights
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
@@ -639,8 +686,6 @@ def test_runs_are_compared(runs):
     assert done.returncode == 0, done.stderr
     assert all(any(line.startswith(f"{name} ") for line in done.stdout.splitlines()) for name in curriculum.CURRICULA)
     assert (runs / "comparison.png").exists()
-    broken = script("evaluate.py", runs / "nothing", cwd=runs)
-    assert broken.returncode == 2 and len(broken.stderr.splitlines()) == 1
 
 
 def without_times(folder):
@@ -650,84 +695,322 @@ def without_times(folder):
     return [[row[i] for i in keep] for row in rows], {k: v for k, v in summary.items() if k not in ("seconds", "images_per_second")}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(runs, tmp_path):
-    out = tmp_path / "cut"
-    write = train.write_checkpoint
+@pytest.fixture
+def one_thread():
+    """As in the runs of the real script."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
-    def stop_after_epoch_5(path, state):
+
+def test_a_run_that_diverges_is_interrupted_and_fills_the_disk_ends_as_if_nothing_had_been(runs, one_thread, tmp_path, capsys):
+    out, steps = tmp_path / "cut", []
+    new, on = ["--curriculum", "gradual", *TINY, "--epochs", "8", "--out", str(out)], ["--resume", "--out", str(out)]
+    loss, write = losses.nt_xent, train.write_checkpoint
+
+    def not_a_number(*views):  # in the second step of epoch 4; an epoch has seven
+        steps.append(views)
+        return loss(*views) * (math.nan if len(steps) == 3 * 7 + 2 else 1)
+
+    def ctrl_c(path, state):
         write(path, state)
         if len(state["rows"]) == 5:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "write_checkpoint", stop_after_epoch_5)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in the run it is compared with
-        assert train.main(["--curriculum", "gradual", *TINY, "--epochs", "8", "--out", str(out)]) == 130
-        torch.set_num_threads(threads)
-    done = script("train.py", "--resume", "--out", out, cwd=tmp_path)
+    def full(path, state):
+        if len(state["rows"]) == 7:
+            raise OSError(28, "No space left on device")
+        write(path, state)
+
+    for arguments, module, name, trouble, status, epochs, words in (
+        (
+            new,
+            losses,
+            "nt_xent",
+            not_a_number,
+            2,
+            3,
+            "epoch 4 (new classes): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
+        ),
+        (on, train, "write_checkpoint", ctrl_c, 130, 5, f"go on with: python train.py --resume --out {out}"),
+        (on, train, "write_checkpoint", full, 2, 6, f"No space left on device; go on with: python train.py --resume --out {out}"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, trouble)
+            assert train.main(arguments) == status
+        message = capsys.readouterr().err.strip()
+        assert words in message and "\n" not in message
+        assert len(torch.load(out / "checkpoint.pt", weights_only=True)["rows"]) == epochs and not (out / "summary.json").exists()
+
+    done = script("train.py", *on, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert without_times(out) == without_times(runs / "gradual")
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, runs / "gradual"))
     assert all(torch.equal(a["network"][k], b["network"][k]) for k in b["network"]) and torch.equal(a["bank"], b["bank"])
-    again = script("train.py", "--resume", "--out", out, cwd=tmp_path)
-    assert again.returncode == 0 and "finished" in again.stdout
-    other = script("train.py", "--resume", "--out", out, "--lr", "0.5", cwd=tmp_path)
-    assert other.returncode == 2 and "--lr" in other.stderr
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (runs / "gradual").iterdir())
+    assert train.main(on) == 0 and "finished" in capsys.readouterr().out
 
 
-def refused(capsys, *args):
-    assert train.main([str(a) for a in args]) == 2
+def test_weights_that_are_not_finite_are_named():
+    network = model.build("cnn", 3)
+    train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
+    network.head.weight.data[1, 2] = math.inf
+    with pytest.raises(ValueError, match=r"epoch 1 \(infancy\): the weight 'head.weight' is not finite; there is no checkpoint yet"):
+        train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
+
+
+def test_the_seed_decides(runs, tmp_path):
+    for seed in (0, 1):
+        done = script("train.py", *TINY, "--epochs", 8, "--seed", seed, "--out", tmp_path / str(seed), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert without_times(tmp_path / "0") == without_times(runs / "gradual")
+    one, other = (without_times(tmp_path / str(seed))[0] for seed in (0, 1))
+    assert one[0] == other[0] and all(a != b for a, b in zip(one[1:], other[1:], strict=True))
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(capsys, main, args):
+    """The one line with which `main` refuses these arguments."""
+    assert main([str(a) for a in args]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("train.py: error: ") and len(message.splitlines()) == 1
+    assert message.split()[1] == "error:" and len(message.splitlines()) == 1
     return message
 
 
-@pytest.mark.parametrize(
-    "args, word",
-    [
-        (["--curriculum", "gradul"], "did you mean 'gradual'"),
-        (["--dataset", "cifar"], "did you mean 'cifar10'"),
-        (["--dataset", "folder:nowhere"], "not there"),
-        (["--model", "vgg-smal"], "did you mean 'vgg-small'"),
-        (["--embedding", "mds"], "pca"),
-        (["--label-budget", "1.5"], "0..1"),
-        (["--label-budget", "nan"], "0..1"),
-        (["--label-budget", "0"], "without labels"),
-        (["--label-budget", "0.0001"], "no label"),
-        (["--prune", "-0.1"], "0..1"),
-        (["--lr", "inf"], "--lr"),
-        (["--epochs", "0"], "--epochs"),
-        (["--epochs", "two"], "--epochs"),
-        (["--batch-size", "100000"], "training images"),
-        (["--known-classes", "11"], "1..10"),
-        (["--per-class", "0"], "--per-class"),
-        (["--seed", "-1"], "--seed"),
-        (["--device", "warp"], "--device"),
-        (["--inject", "digits"], "DATASET:class"),
-        (["--inject", "digits:ten"], "no class"),
-        (["--without", "nothing"], "--without"),
-        (["--resume"], "--out"),
-        (["--nonsense"], "--nonsense"),
-    ],
-)
-def test_bad_input_gets_one_line_and_leaves_nothing(capsys, tmp_path, args, word):
-    base = [] if "--dataset" in args or "--resume" in args else ["--dataset", "digits"]
-    out = [] if "--resume" in args else ["--out", tmp_path / "run"]
-    assert word in refused(capsys, *base, *args, *out)
+@pytest.fixture
+def offline(monkeypatch):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+
+
+BAD_VALUES = {
+    "--curriculum gradul": "did you mean 'gradual'",
+    "--curriculum x": "use gradual, self",
+    "--dataset cifar": "did you mean 'cifar10'",
+    "--dataset minst": "did you mean 'mnist'",
+    "--dataset folder": "did you mean 'folder:PATH'",
+    "--dataset folder:nowhere": "nowhere/train is not there",
+    "--model vgg-smal": "did you mean 'vgg-small'",
+    "--model resnet-18": "did you mean 'resnet18'",
+    "--model x": "use cnn, vgg-small",
+    "--embedding mds": "use pca, tsne, umap",
+    "--embedding umap": "pip install umap-learn",
+    "--label-budget 1.5": "--label-budget must be in 0..1, not 1.5",
+    "--label-budget -0.1": "--label-budget must be in 0..1",
+    "--label-budget nan": "--label-budget must be in 0..1",
+    "--label-budget inf": "--label-budget must be in 0..1",
+    "--label-budget ten": "--label-budget",
+    "--label-budget 0": "without labels",
+    "--label-budget 0.0001": "no label; use at least 0.0",
+    "--per-class 4 --batch-size 8": "gives class '0' with its 4 images no label; use at least 0.25",
+    "--prune -0.1": "--prune must be in 0..1",
+    "--prune 1.01": "--prune must be in 0..1",
+    "--prune nan": "--prune must be in 0..1",
+    "--prune much": "--prune",
+    "--lr 0": "--lr must be in 1e-06..1000",
+    "--lr -1": "--lr must be in 1e-06..1000",
+    "--lr nan": "--lr must be in 1e-06..1000",
+    "--lr inf": "--lr must be in 1e-06..1000",
+    "--lr fast": "--lr",
+    "--epochs 0": "--epochs must be in 1..",
+    "--epochs -3": "--epochs must be in 1..",
+    "--epochs 2.5": "--epochs",
+    "--epochs two": "--epochs",
+    "--epochs 99999999999": "--epochs must be in 1..",
+    "--epochs": "--epochs: expected one argument",
+    "--batch-size 1": "--batch-size must be in 2..",
+    "--batch-size -4": "--batch-size must be in 2..",
+    "--batch-size 100000": "--batch-size 100000 is more than the 1347 training images",
+    "--per-class 5": "--batch-size 128 is more than the 50 training images",
+    "--per-class 0": "--per-class must be in 1..",
+    "--per-class -5": "--per-class must be in 1..",
+    "--per-class 1.5": "--per-class",
+    "--known-classes 0": "--known-classes must be in 1..",
+    "--known-classes -1": "--known-classes must be in 1..",
+    "--known-classes 11": "--known-classes must be in 1..10",
+    "--known-classes seven": "--known-classes",
+    "--seed -1": "--seed must be in 0..",
+    "--seed 4294967296": "--seed must be in 0..",
+    "--class-order -1": "--class-order must be in 0..",
+    "--device warp": "--device 'warp' cannot be used",
+    "--device cuda:99": "--device 'cuda:99' cannot be used",
+    "--device meta": "--device 'meta' cannot be used",
+    "--inject digits": "must be DATASET:class",
+    "--inject digits:": "must be DATASET:class",
+    "--inject :wolf": "must be DATASET:class",
+    "--inject digits:ten": "no class 'ten' in digits",
+    "--inject digits:3": "a class '3' is there already",
+    "--inject cifr100:wolf": "did you mean 'cifar100'",
+    "--inject folder:nowhere:wolf": "nowhere/train is not there",
+    "--without nothing": "--without",
+    "--without ntxent aggregation propagation supervised": "no loss; keep at least one of aggregation, ntxent",
+    "--curriculum labels-only --without supervised": "no loss; keep at least one of supervised",
+    "--resume": "--resume needs --out",
+    "--resume --out nowhere": "nowhere holds no run",
+    "--nonsense": "--nonsense",
+    "digits": "unrecognized arguments: digits",
+    "--out": "--out: expected one argument",
+    f"--out {'x' * 300}": "cannot be written (File name too long)",
+}
+
+
+@pytest.mark.parametrize("flags, words", BAD_VALUES.items())
+def test_bad_values_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "umap", None)  # as if it were not installed
+    args = [*("--dataset digits".split() if "--dataset" not in flags else []), *flags.split()]
+    out = [] if "--resume" in flags or "--out" in flags else ["--out", tmp_path / "run"]
+    assert words in refused(capsys, train.main, [*out, *args])
+    assert not any(tmp_path.iterdir())
+
+
+# What is spoiled in a good folder of images {train,test}/{ant,bee}/{0,1,2}.png: a function of the folder, and the words.
+BAD_FOLDERS = {
+    "missing": (lambda d: shutil.rmtree(d), "train is not there"),
+    "empty": (lambda d: (shutil.rmtree(d), d.mkdir()), "train is not there"),
+    "a file": (lambda d: (shutil.rmtree(d), d.write_text("")), "train is not there"),
+    "no test": (lambda d: shutil.rmtree(d / "test"), "test is not there"),
+    "train empty": (lambda d: [shutil.rmtree(c) for c in (d / "train").iterdir()], "train: Couldn't find any class folder"),
+    "one class": (lambda d: [shutil.rmtree(d / s / "bee") for s in ("train", "test")], "only the class 'ant'; at least two"),
+    "class not in test": (lambda d: shutil.rmtree(d / "test/bee"), "class 'bee' must be in both train and test"),
+    "class not in train": (lambda d: shutil.rmtree(d / "train/bee"), "class 'bee' must be in both train and test"),
+    "class without images": (lambda d: [p.unlink() for p in (d / "train/bee").iterdir()], "train: Found no valid file for the classes bee"),
+    "torn head": (lambda d: (d / "train/bee/1.png").write_bytes(b"\x89PNG\r\n\x1a\n torn"), "train/bee/1.png: not a readable image"),
+    "torn middle": (
+        lambda d: (d / "test/ant/2.png").write_bytes((d / "test/ant/2.png").read_bytes()[:200]),
+        "test/ant/2.png: not a readable",
+    ),
+    "no bytes": (lambda d: (d / "train/ant/0.png").write_bytes(b""), "train/ant/0.png: not a readable image"),
+    "text": (lambda d: (d / "train/ant/0.png").write_text("not an image"), "train/ant/0.png: not a readable image"),
+}
+
+
+@pytest.mark.parametrize("spoil, words", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_bad_image_folders_get_one_line(capsys, tmp_path, spoil, words):
+    root = make_folder(tmp_path / "set")
+    spoil(root)
+    assert words in refused(capsys, train.main, ["--dataset", f"folder:{root}", "--batch-size", 2, "--out", tmp_path / "run"])
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_overwritten_and_torn_images_are_named(capsys, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/mine.txt").write_text("kept")
-    assert "not empty" in refused(capsys, "--dataset", "digits", "--out", tmp_path / "full")
-    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
-    root = make_folder(tmp_path / "set")
-    (root / "train/bee/1.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-    assert "bee/1.png" in refused(capsys, "--dataset", f"folder:{root}", "--out", tmp_path / "run")
-    lone = make_folder(tmp_path / "lone", ("ant",))
-    assert "at least two" in refused(capsys, "--dataset", f"folder:{lone}", "--out", tmp_path / "run")
+# What lies in the data folder of a machine without a network: {path: bytes}, the data set, and the words.
+CIFAR, MNIST = "cifar-10-batches-py", "MNIST/raw"
+TORN = {f"{MNIST}/{s}-{kind}-ubyte": b"\0\0\x08\x03" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")}
+BAD_DATA = {
+    "nothing": ({}, "cifar10", f"{CIFAR} is not there and could not be downloaded (<urlopen error no network>)"),
+    "no mnist": ({}, "mnist", f"{MNIST} is not there and could not be downloaded (Error downloading train-images"),
+    "no cifar100": ({}, "cifar100", "cifar-100-python is not there"),
+    "incomplete": ({f"{CIFAR}/data_batch_1": b"half"}, "cifar10", f"{CIFAR} is incomplete or altered"),
+    "altered": (
+        {f"{CIFAR}/{n}": b"altered" for n in ("data_batch_1", "test_batch", "batches.meta")},
+        "cifar10",
+        "is incomplete or altered",
+    ),
+    "truncated archive": ({"cifar-10-python.tar.gz": b"\x1f\x8b half"}, "cifar10", "could not be downloaded"),
+    "torn mnist": (TORN, "mnist", f"{MNIST} is incomplete or altered"),
+    "empty mnist": (dict.fromkeys(TORN, b""), "mnist", f"{MNIST} is incomplete or altered"),
+    "a folder of images, torn": ({"cifar100/train/ant/0.png": b"", "cifar100/test/ant/0.png": b""}, "cifar100", "at least two"),
+    "injected": ({}, "digits --inject cifar100:wolf", "cifar-100-python is not there"),
+}
+
+
+@pytest.mark.parametrize("there, dataset, words", BAD_DATA.values(), ids=BAD_DATA)
+def test_missing_and_altered_data_get_one_line_without_a_network(capsys, tmp_path, offline, there, dataset, words):
+    for name, content in there.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    message = refused(capsys, train.main, ["--data-dir", tmp_path, "--out", tmp_path / "run", "--dataset", *dataset.split()])
+    assert words in message and not (tmp_path / "run").exists()
+    assert contents(tmp_path).items() >= {Path(name): content for name, content in there.items()}.items()
+
+
+@pytest.mark.parametrize(
+    "out, words", [("held", "held is not empty"), ("held/mine.txt", "is a file"), ("held/mine.txt/run", "is a file"), ("run", "not empty")]
+)
+def test_nothing_is_overwritten(capsys, tmp_path, runs, out, words):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/mine.txt").write_text("kept")
+    shutil.copytree(runs / "self", tmp_path / "run")
+    before = contents(tmp_path)
+    assert words in refused(capsys, train.main, ["--dataset", "digits", "--out", tmp_path / out])
+    assert contents(tmp_path) == before
+
+
+def test_a_run_stopped_before_it_began_may_begin_again(capsys, tmp_path, monkeypatch):
+    (tmp_path / "args.json.part").write_text("{")  # all that a kill can leave there
+    train.check_out(tmp_path)
+    monkeypatch.setattr(data, "load_dataset", lambda *_: exec("raise KeyboardInterrupt"))
+    assert train.main(["--dataset", "digits", "--out", str(tmp_path / "run")]) == 130
+    assert "stopped; the run had not begun" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def edit_checkpoint(**changes):
+    def edit(folder):
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        torch.save(state | {key: change(state[key]) for key, change in changes.items()}, folder / "checkpoint.pt")
+
+    return edit
+
+
+def edit_bytes(change):
+    return lambda folder: (folder / "checkpoint.pt").write_bytes(bytes(change(bytearray((folder / "checkpoint.pt").read_bytes()))))
+
+
+def flip_one_bit(content):
+    content[len(content) // 2] ^= 1
+    return content
+
+
+# What is spoiled in a run, what else is asked for, and the words.
+BAD_RESUMES = {
+    "truncated": (edit_bytes(lambda b: b[: len(b) // 2]), "", "checkpoint.pt is damaged"),
+    "empty": (edit_bytes(lambda b: b""), "", "checkpoint.pt is damaged"),
+    "one bit": (edit_bytes(flip_one_bit), "", "checkpoint.pt is damaged (the checksum of"),
+    "something else": (lambda d: torch.save([1], d / "checkpoint.pt"), "", "checkpoint.pt is damaged"),
+    "version": (edit_checkpoint(version=lambda v: v + 1), "", f"has version {train.VERSION + 1}, this program writes {train.VERSION}"),
+    "other data": (edit_checkpoint(bank=lambda bank: bank[1:]), "", "was made with 199 training images, now there are 200"),
+    "no args.json": (lambda d: (d / "args.json").unlink(), "", "holds no run (args.json is missing or damaged)"),
+    "torn args.json": (lambda d: (d / "args.json").write_text('{"lr": 0.'), "", "holds no run"),
+    "list in args.json": (lambda d: (d / "args.json").write_text("[]"), "", "holds no run"),
+    "nothing in args.json": (lambda d: (d / "args.json").write_text("{}"), "", "holds no run"),
+    "lr": (lambda d: None, "--lr 0.5", "was made with --lr 0.06, not 0.5"),
+    "epochs": (lambda d: None, "--epochs 16", "was made with --epochs 8, not 16"),
+    "dataset": (lambda d: None, "--dataset mnist", "was made with --dataset digits, not mnist"),
+    "seed": (lambda d: None, "--seed nan", "--seed"),
+}
+
+
+@pytest.mark.parametrize("spoil, flags, words", BAD_RESUMES.values(), ids=BAD_RESUMES)
+def test_what_cannot_be_resumed_is_refused_in_one_line(runs, capsys, tmp_path, spoil, flags, words):
+    out = tmp_path / "run"
+    shutil.copytree(runs / "gradual", out)
+    spoil(out)
+    before = contents(out)
+    assert words in refused(capsys, train.main, ["--resume", "--out", out, *flags.split()])
+    assert contents(out) == before
+
+
+def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
+    shutil.copytree(runs / "self", tmp_path / "torn")
+    (tmp_path / "torn/summary.json").write_text("{")
+    (tmp_path / "begun").mkdir()
+    shutil.copy(runs / "self/args.json", tmp_path / "begun")
+    for args, words in (
+        ([tmp_path / "nothing"], "nothing: not a finished run (args.json is not there)"),
+        ([tmp_path / "begun"], "begun: not a finished run (summary.json is not there)"),
+        ([runs / "self", tmp_path / "torn"], "torn: damaged"),
+        ([runs / "self", "--out", tmp_path / "nowhere/figure.png"], "nowhere/figure.png"),
+    ):
+        assert words in refused(capsys, evaluate.main, args)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,6 +8,7 @@ prune -> evaluate -> log -> checkpoint. What it calls is in the other modules, e
 import argparse
 import csv
 import ctypes
+import importlib.util
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,250 +48,7 @@ TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 VERSION = 1  # of the checkpoint; raise it when its contents change
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def parser() -> Parser:
-    """Every flag, with its unit and its default."""
-    parser = Parser(description="Gradual supervision of an image encoder.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("what is taught").add_argument
-    add("--curriculum", default="gradual", metavar="NAME", help=", ".join(curriculum.CURRICULA))
-    add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
-    add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
-    add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
-    add("--without", nargs="+", default=[], choices=TERMS, metavar="LOSS", help=f"leave out: {', '.join(TERMS)}")
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset",
-        default="auto",
-        metavar="NAME",
-        help="digits, mnist, cifar10, cifar100, folder:PATH; auto: cifar10 on a GPU, else digits",
-    )
-    add("--data-dir", default="data", metavar="DIR", help="where the data sets are, or are downloaded to")
-    add("--per-class", type=int, metavar="N", help="use only N training images of each class; all if not given")
-    add("--inject", metavar="DATASET:CLASS,...", help="classes of another data set that arrive last, e.g. cifar100:wolf,tank")
-    add = parser.add_argument_group("network and optimiser (defaults by data set)").add_argument
-    add("--model", metavar="NAME", help=f"{', '.join(model.CONFIGS)}, or a torchvision classification model")
-    add("--epochs", type=int, metavar="N", help="one epoch draws as many images as the training set has")
-    add("--batch-size", type=int, metavar="N", help="images a step; each is seen in two views")
-    add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--prune", type=float, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
-    add = parser.add_argument_group("the run").add_argument
-    add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--compile", action="store_true", help="compile the encoder: a slow first step, faster ones after it")
-    add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
-    add("--embedding", default="tsne", metavar="METHOD", help="picture of the test embeddings: pca, tsne or umap")
-    add("--out", metavar="DIR", help="run folder; the next free runs/DATASET-CURRICULUM-sSEED if not given")
-    add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    return parser
-
-
-def one_of(flag: str, value: str, known: tuple[str, ...] | list[str]) -> None:
-    """ValueError, with the nearest name, unless value is known."""
-    if value not in known:
-        raise ValueError(f"unknown --{flag} '{value}'{data.suggest(value, known)}; use {', '.join(known)}")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Every flag that can be judged by itself. Raises ValueError, in one line."""
-    one_of("curriculum", args.curriculum, list(curriculum.CURRICULA))
-    one_of("embedding", args.embedding, ["pca", "tsne", "umap"])
-    for name, low, high in (("label_budget", 0, 1), ("prune", 0, 1), ("lr", 0, 1e3)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must be in {low}..{high:g}, not {value}")
-    for name, low in (("known_classes", 1), ("per_class", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0), ("class_order", 0)):
-        value = getattr(args, name)
-        if value is not None and not low <= value < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} must be a whole number of at least {low}, not {value}")
-    if args.label_budget == 0 and args.curriculum not in ("self", "self-known"):
-        raise ValueError(f"--label-budget 0 leaves '{args.curriculum}' without labels; use more than 0, or --curriculum self")
-
-
-def check_data(args: argparse.Namespace, dataset: data.Dataset) -> None:
-    """The flags that depend on the data. Raises ValueError, in one line."""
-    num_classes, count = len(dataset.classes), dataset.train_y.bincount(minlength=len(dataset.classes))
-    if not 1 <= args.known_classes <= num_classes:
-        raise ValueError(f"--known-classes must be in 1..{num_classes}, the number of classes, not {args.known_classes}")
-    if args.batch_size > len(dataset.train_y):
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_y)} training images")
-    few = int(count.argmin())
-    if args.curriculum not in ("self", "self-known") and args.label_budget * int(count[few]) < 0.5:
-        raise ValueError(
-            f"--label-budget {args.label_budget} gives class '{dataset.classes[few]}' with its {int(count[few])} images no label; "
-            f"use at least {1 / int(count[few]):.2g}"
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, shown to work. Raises ValueError, in one line."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device '{name}' cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """A new, empty run folder. Raises ValueError if --out cannot be written or holds something already."""
-    if args.out is None:
-        stem = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
-        names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
-        out = next(name for name in names if not name.exists())
-    else:
-        out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise ValueError(f"--out {out} is not empty; choose another folder, or --resume the run in it")
-        args.out = str(out)
-        write_json(out / "args.json", vars(args) | provenance())
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror})") from None
-    return out
-
-
-# ---- machine --------------------------------------------------------------------------------------------------------
-
-
-def tune_machine(deterministic: bool = False) -> None:
-    """TF32 where there is a GPU, no denormals, and a malloc that keeps freed pages instead of giving them back every step."""
-    torch.set_float32_matmul_precision("high")
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_flush_denormal(True)
-    with suppress(OSError, AttributeError):  # glibc only
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
-
-
-def provenance() -> dict:
-    """What else it takes to run this again: versions, commit, machine."""
-    here = Path(__file__).parent
-    commit = None
-    with suppress(OSError):
-        if (here / ".git").exists():
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {"versions": versions, "commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file, flush it to disk, and only then give it its name: a kill or a full disk leaves the old one whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: dict) -> None:
-    """A dictionary as JSON."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_log(path: Path, rows: list[dict]) -> None:
-    """log.csv from its rows; a figure that does not exist yet is left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def write_checkpoint(path: Path, state: dict) -> None:
-    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-# ---- beginning and going on -----------------------------------------------------------------------------------------
-
-
-def load(args: argparse.Namespace) -> data.Dataset:
-    """The data of a run, its classes in their order of arrival. Fills in the number of known classes."""
-    dataset = data.load_dataset(args.dataset, args.data_dir)
-    own = len(dataset.classes)
-    if args.inject:
-        dataset = data.inject(dataset, args.inject, args.data_dir)
-    if args.per_class:
-        dataset = data.class_subset(dataset, args.per_class, args.seed)
-    if args.known_classes is None:
-        args.known_classes = curriculum.default_known(own)
-    check_data(args, dataset)
-    return data.reorder(dataset, data.class_order(len(dataset.classes), args.class_order, late=len(dataset.classes) - own))
-
-
-def start(args: argparse.Namespace) -> tuple:
-    """A new run: everything checked, the data loaded, the folder made. Raises ValueError, in one line."""
-    check(args)
-    device = pick_device(args.device)
-    if args.dataset == "auto":
-        args.dataset = "cifar10" if device.type == "cuda" else "digits"
-        there, other = ("a", "digits") if device.type == "cuda" else ("no", "cifar10 --model vgg-small")
-        print(f"--dataset auto: {args.dataset}, since there is {there} GPU; the other choice: --dataset {other}")
-    for name, value in DEFAULTS.get(args.dataset.partition(":")[0], {}).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    dataset = load(args)
-    model.build(args.model, 1)  # a model that cannot be had is refused before the folder is made
-    return args, dataset, device, run_folder(args), None
-
-
-def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
-    """A run to go on with, its settings from args.json. Raises ValueError if it cannot be, or is asked to change."""
-    out = Path(args.out)
-    try:
-        saved = json.loads((out / "args.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(f"--resume: {out} holds no run (args.json is missing or damaged)") from None
-    free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
-    again = parser()
-    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
-    args = again.parse_args(argv)
-    checkpoint = None
-    if (out / "checkpoint.pt").exists():  # a run that was stopped in its first epoch begins again
-        try:
-            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            kept = checkpoint["args"]
-        except Exception as error:
-            raise ValueError(f"--resume: {out / 'checkpoint.pt'} is damaged ({str(error).splitlines()[0][:80]})") from None
-        if checkpoint["version"] != VERSION:
-            raise ValueError(f"--resume: the checkpoint has version {checkpoint['version']}, this program writes {VERSION}")
-        saved = kept
-    for name in sorted(vars(args).keys() - free):
-        if saved.get(name) != getattr(args, name):
-            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {saved.get(name)}, not {getattr(args, name)}")
-    check(args)
-    return args, load(args), pick_device(args.device), out, checkpoint
+# ---- the method -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -318,9 +77,6 @@ class State:
         self.bank.rows = checkpoint["bank"].to(device)
         self.masks = {name: mask.to(device) for name, mask in checkpoint["masks"].items()}
         self.rows, self.first_sight, self.novelty = (checkpoint[name] for name in ("rows", "first_sight", "novelty"))
-
-
-# ---- the method -----------------------------------------------------------------------------------------------------
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -389,6 +145,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         active = y < stage.classes
         labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named))
         taught = y[labelled].bincount(minlength=classes) > 0  # the classes that have a label
+        has_labels = bool(taught.any())
         met, was_taught = 0, torch.zeros_like(taught)
         if before:
             met = before.classes
@@ -419,7 +176,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / per_cluster)), generator=generator)
-        if labelled.any():
+        if has_labels:
             pseudo[pool], confidence[pool] = losses.propagate_labels(
                 bank.rows[pool], y[pool], labelled[pool], k=50, temperature=0.1, balance=True
             )
@@ -438,15 +195,17 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             z1, z2 = z.chunk(2)
             index2 = index.repeat(2)  # (2B)
 
-            terms = {}
+            terms, found = {}, None
+            if mix["aggregation"] or mix["propagation"]:
+                found = losses.neighbours(z, index2, bank, active, background)
             if mix["ntxent"]:
                 terms["ntxent"] = losses.nt_xent(z1, z2)
             if mix["aggregation"]:
-                terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, background)
-            if mix["propagation"] and labelled.any():
+                terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
+            if mix["propagation"] and has_labels:
                 onehot = one_hot(pseudo[index2], pseudo[index2] >= 0, len(in_use))
-                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, background)
-            if mix["supervised"] and labelled.any():
+                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
+            if mix["supervised"] and has_labels:
                 terms["supervised"] = losses.supervised(logits, one_hot(y[index2], labelled[index2], len(in_use)), in_use)
 
             if terms:
@@ -513,7 +272,8 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
         if name is None:
             return
         what = f"the weight '{name}' is not finite"
-    raise ValueError(f"epoch {epoch + 1} ({stage}): {what}; the checkpoint of the epoch before is kept. Try a lower --lr")
+    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
+    raise ValueError(f"epoch {epoch + 1} ({stage}): {what}; {kept}. Try a lower --lr")
 
 
 # ---- what people see ------------------------------------------------------------------------------------------------
@@ -588,6 +348,283 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
     print(f"{out}/: summary.json log.csv checkpoint.pt {' '.join(f'{name}.png' for name in pictures)}")
 
 
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file, flush it to disk, and only then give it its name: a kill or a full disk leaves the old one whole."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict) -> None:
+    """A dictionary as JSON."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_log(path: Path, rows: list[dict]) -> None:
+    """log.csv from its rows; a figure that does not exist yet is left empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+# ---- machine --------------------------------------------------------------------------------------------------------
+
+
+def tune_machine(deterministic: bool = False) -> None:
+    """TF32 where there is a GPU, no denormals, and a malloc that keeps freed pages instead of giving them back every step."""
+    torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_flush_denormal(True)
+    with suppress(OSError, AttributeError):  # glibc only
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
+
+
+def provenance() -> dict:
+    """What else it takes to run this again: versions, commit, machine."""
+    here = Path(__file__).parent
+    commit = None
+    with suppress(OSError):
+        if (here / ".git").exists():
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"versions": versions, "commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parser() -> Parser:
+    """Every flag, with its unit and its default."""
+    parser = Parser(description="Gradual supervision of an image encoder.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("what is taught").add_argument
+    add("--curriculum", default="gradual", metavar="NAME", help=", ".join(curriculum.CURRICULA))
+    add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
+    add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
+    add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
+    add("--without", nargs="+", default=[], choices=TERMS, metavar="LOSS", help=f"leave out: {', '.join(TERMS)}")
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--dataset",
+        default="auto",
+        metavar="NAME",
+        help="digits, mnist, cifar10, cifar100, folder:PATH; auto: cifar10 on a GPU, else digits",
+    )
+    add("--data-dir", default="data", metavar="DIR", help="where the data sets are, or are downloaded to")
+    add("--per-class", type=int, metavar="N", help="use only N training images of each class; all if not given")
+    add("--inject", metavar="DATASET:CLASS,...", help="classes of another data set that arrive last, e.g. cifar100:wolf,tank")
+    add = parser.add_argument_group("network and optimiser (defaults by data set)").add_argument
+    add("--model", metavar="NAME", help=f"{', '.join(model.CONFIGS)}, or a torchvision classification model")
+    add("--epochs", type=int, metavar="N", help="one epoch draws as many images as the training set has")
+    add("--batch-size", type=int, metavar="N", help="images a step; each is seen in two views")
+    add("--lr", type=float, metavar="X", help="peak learning rate")
+    add("--prune", type=float, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
+    add = parser.add_argument_group("the run").add_argument
+    add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--compile", action="store_true", help="compile the encoder: a slow first step, faster ones after it")
+    add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
+    add("--embedding", default="tsne", metavar="METHOD", help="picture of the test embeddings: pca, tsne or umap")
+    add("--out", metavar="DIR", help="run folder; the next free runs/DATASET-CURRICULUM-sSEED if not given")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    return parser
+
+
+def one_of(flag: str, value: str, known: tuple[str, ...] | list[str]) -> None:
+    """ValueError, with the nearest name, unless value is known."""
+    if value not in known:
+        raise ValueError(f"unknown --{flag} '{value}'{data.suggest(value, known)}; use {', '.join(known)}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Every flag that can be judged without the data. Raises ValueError, in one line."""
+    one_of("curriculum", args.curriculum, list(curriculum.CURRICULA))
+    one_of("embedding", args.embedding, ["pca", "tsne", "umap"])
+    if args.embedding == "umap" and importlib.util.find_spec("umap") is None:
+        raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne")
+    if not args.dataset.startswith("folder:"):
+        one_of("dataset", args.dataset, ["auto", *data.DATASETS, "folder:PATH"])
+    fractions = (("label_budget", 0, 1), ("prune", 0, 1), ("lr", 1e-6, 1000))
+    counts = (("known_classes", 1), ("per_class", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0), ("class_order", 0))
+    for name, low, high in (*fractions, *((name, low, 2**31 - 1) for name, low in counts)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must be in {low}..{high}, not {value}")
+    used = {term for term, weight in curriculum.stage(args.curriculum, 1, 2, 10).mix.items() if weight}
+    if used <= set(args.without):
+        raise ValueError(f"--without leaves '{args.curriculum}' no loss; keep at least one of {', '.join(sorted(used))}")
+    if args.label_budget == 0 and args.curriculum not in ("self", "self-known"):
+        raise ValueError(f"--label-budget 0 leaves '{args.curriculum}' without labels; use more than 0, or --curriculum self")
+    if args.out is not None and not args.resume:
+        check_out(Path(args.out))
+
+
+def check_out(out: Path) -> None:
+    """A new run needs a folder that can be written and is empty, but for what a kill left there before it began."""
+    try:
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"--out {out} cannot be written ({there} is {'read-only' if there.is_dir() else 'a file'})")
+        if there == out and any(path.name != "args.json.part" for path in out.iterdir()):
+            raise ValueError(f"--out {out} is not empty; choose another folder, or --resume the run in it")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror})") from None
+
+
+def check_data(args: argparse.Namespace, dataset: data.Dataset) -> None:
+    """The flags that depend on the data. Raises ValueError, in one line."""
+    num_classes, count = len(dataset.classes), dataset.train_y.bincount(minlength=len(dataset.classes))
+    if not 1 <= args.known_classes <= num_classes:
+        raise ValueError(f"--known-classes must be in 1..{num_classes}, the number of classes, not {args.known_classes}")
+    if args.batch_size > len(dataset.train_y):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_y)} training images")
+    few = int(count.argmin())
+    if args.curriculum not in ("self", "self-known") and args.label_budget * int(count[few]) < 0.5:
+        raise ValueError(
+            f"--label-budget {args.label_budget} gives class '{dataset.classes[few]}' with its {int(count[few])} images no label; "
+            f"use at least {1 / int(count[few]):.2g}"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, shown to work. Raises ValueError, in one line."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # some devices only pretend
+        return probe.device
+    except Exception as error:
+        raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)}); try --device cpu") from None
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """A new run folder, with args.json in it. Raises ValueError if it cannot be written."""
+    if args.out is None:
+        stem = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
+        names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
+        out = next(name for name in names if not name.exists())
+    else:
+        out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        args.out = str(out)
+        write_json(out / "args.json", vars(args) | provenance())
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror})") from None
+    return out
+
+
+# ---- beginning and going on -----------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace) -> data.Dataset:
+    """The data of a run, its classes in their order of arrival. Fills in the number of known classes."""
+    dataset = data.load_dataset(args.dataset, args.data_dir)
+    own = len(dataset.classes)
+    if args.inject:
+        dataset = data.inject(dataset, args.inject, args.data_dir)
+    if args.per_class:
+        dataset = data.class_subset(dataset, args.per_class, args.seed)
+    if args.known_classes is None:
+        args.known_classes = curriculum.default_known(own)
+    check_data(args, dataset)
+    return data.reorder(dataset, data.class_order(len(dataset.classes), args.class_order, late=len(dataset.classes) - own))
+
+
+def start(args: argparse.Namespace) -> tuple:
+    """A new run: everything checked, the data loaded, the folder made. Raises ValueError, in one line."""
+    check(args)
+    device = pick_device(args.device)
+    if args.dataset == "auto":
+        args.dataset = "cifar10" if device.type == "cuda" else "digits"
+        there, other = ("a", "digits") if device.type == "cuda" else ("no", "cifar10 --model vgg-small")
+        print(f"--dataset auto: {args.dataset}, since there is {there} GPU; the other choice: --dataset {other}")
+    for name, value in DEFAULTS.get(args.dataset.partition(":")[0], {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    model.build(args.model, 1)  # refuses a model that cannot be had
+    return args, load(args), device, run_folder(args), None
+
+
+def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
+    """A run to go on with, its settings from args.json. Raises ValueError if it cannot be, or is asked to change."""
+    out = Path(args.out)
+    try:
+        saved = json.loads((out / "args.json").read_text())
+        if not saved.keys() >= vars(args).keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"--resume: {out} holds no run (args.json is missing or damaged)") from None
+    free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
+    again = parser()
+    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
+    args = again.parse_args(argv)
+    checkpoint = None
+    if (out / "checkpoint.pt").exists():  # a run that was stopped in its first epoch begins again
+        try:
+            with zipfile.ZipFile(out / "checkpoint.pt") as file:
+                if torn := file.testzip():
+                    raise ValueError(f"the checksum of {torn} is wrong")
+            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            saved, version = checkpoint["args"], checkpoint["version"]
+        except Exception as error:
+            raise ValueError(f"--resume: {out / 'checkpoint.pt'} is damaged ({data.reason(error)})") from None
+        if version != VERSION:
+            raise ValueError(f"--resume: the checkpoint has version {version}, this program writes {VERSION}")
+    for name in sorted(vars(args).keys() - free):
+        if saved.get(name) != getattr(args, name):
+            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {saved.get(name)}, not {getattr(args, name)}")
+    check(args)
+    device, dataset = pick_device(args.device), load(args)
+    if checkpoint and len(checkpoint["bank"]) != len(dataset.train_y):
+        raise ValueError(f"--resume: the run was made with {len(checkpoint['bank'])} training images, now there are {len(dataset.train_y)}")
+    return args, dataset, device, out, checkpoint
+
+
+def way_on(args: argparse.Namespace | None) -> str:
+    """What a run that was stopped tells its reader."""
+    begun = args is not None and args.out is not None and (Path(args.out) / "args.json").exists()
+    return f"go on with: python train.py --resume --out {args.out}" if begun else "the run had not begun"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; the exit status."""
     args = None
@@ -602,10 +639,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"train.py: error: {error.filename or args.out}: {error.strerror}; the last checkpoint is whole", file=sys.stderr)
+        print(f"train.py: error: {error.filename or args.out}: {error.strerror or error}; {way_on(args)}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"train.py: error: the device is out of memory; use a smaller --batch-size or --model; {way_on(args)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python train.py --resume --out {args.out if args else 'DIR'}", file=sys.stderr)
+        print(f"\nstopped; {way_on(args)}", file=sys.stderr)
         return 130
 
 

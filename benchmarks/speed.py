@@ -1,0 +1,511 @@
+"""Images a second of the training step, beside the bare network and beside the usual ways to write SimCLR.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/speed.py                                   # all three networks, on the GPU if there is one
+    python benchmarks/speed.py --models vgg-small --sizes        # and the cost against the number of training images
+
+    a    the network alone: both views ready in memory, forward, backward, step, in our precision
+    b    a and our two views and NT-Xent: SimCLR
+    c    the whole gradual step: b, local aggregation, propagation, supervision, masks, memory; 10,000 images, 10 % labels
+    d    SimCLR as in lightly's documentation: its SimCLRTransform and NTXentLoss, a DataLoader with two workers, float32
+    d'   d in our precision and memory format
+    e    a hand-written loop: torchvision's transforms on PIL images, a DataLoader with two workers, float32
+
+All train the same network with the same batch and the same strength of augmentation; an image counts once, though it is seen
+in two views. Each contestant is a process of its own, so that its peak memory is its own and only ours has our allocator
+settings. They take turns, in an order that rotates from round to round, and a ratio is the median of its ratios within one
+round: what disturbs the machine for longer than a turn disturbs both sides. A turn has LEAD untimed steps and then the timed
+ones. A loader's turn is one epoch of its persistent workers with as many batches behind the timed ones as the workers fetch
+ahead: they are as busy in the last timed step as in the first, and rest while the others are timed.
+"""
+
+import argparse
+import importlib.util
+import os
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import active_children, get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import augment  # noqa: E402
+import curriculum  # noqa: E402
+import data  # noqa: E402
+import grow_prune  # noqa: E402
+import losses  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+LEAD = 4  # untimed steps at the start of a turn
+WORKERS, PREFETCH = 2, 2  # of a DataLoader; batches each worker fetches ahead, torch's default
+CONTESTANTS = {
+    "a": "network alone",
+    "b": "our SimCLR step",
+    "c": "our gradual step",
+    "d": "lightly, as documented",
+    "d'": "lightly, our precision",
+    "e": "torchvision by hand",
+}
+RATIOS = (("b", "a"), ("c", "a"), ("b", "d"), ("b", "d'"), ("b", "e"))
+INSTALL = "pip install -r benchmarks/requirements.txt"
+
+
+@dataclass
+class Job:
+    """What a contestant is given. images: uint8 [M,3,32,32], labels: int64 [M], repeated or cut to n; steps: timed ones a turn."""
+
+    contestant: str
+    model: str
+    images: np.ndarray
+    labels: np.ndarray
+    n: int
+    batch_size: int
+    steps: int
+    device: str
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The n images and labels, on the device."""
+        index = torch.arange(self.n) % len(self.images)
+        return torch.from_numpy(self.images)[index].to(self.device), torch.from_numpy(self.labels)[index].to(self.device)
+
+
+# ---- contestants: generators that make one training step between two yields -----------------------------------------
+
+
+def ours(job: Job) -> tuple[model.Network, torch.optim.Optimizer, torch.autocast]:
+    """Network, optimiser and precision as train.py has them."""
+    device = torch.device(job.device)
+    network = model.build(job.model, 10).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(train.parameter_groups(network), lr=0.01, momentum=0.9, nesterov=True)
+    return network, optimizer, torch.autocast(device.type, torch.bfloat16, enabled=train.has_bf16(device))
+
+
+def bare(job: Job) -> Iterator[None]:
+    """a"""
+    network, optimizer, autocast = ours(job)
+    x = torch.rand(2 * job.batch_size, 3, 32, 32, device=job.device).contiguous(memory_format=torch.channels_last)
+    while True:
+        with autocast:
+            _, z, logits = network(x)
+        optimizer.zero_grad()
+        (z.mean() + logits.mean()).backward()
+        optimizer.step()
+        yield
+
+
+def simclr(job: Job) -> Iterator[None]:
+    """b"""
+    network, optimizer, autocast = ours(job)
+    images, _ = job.tensors()
+    generator = torch.Generator(job.device).manual_seed(0)
+    everything = torch.ones(job.n, dtype=torch.bool, device=job.device)
+    while True:
+        for index in data.batches(everything, everything, job.batch_size, 100, 0.0, torch.Generator().manual_seed(0)):
+            view1, view2 = augment.two_views(images[index], generator=generator)
+            x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
+            with autocast:
+                _, z, _ = network(x)
+            optimizer.zero_grad()
+            losses.nt_xent(*z.chunk(2)).backward()
+            optimizer.step()
+            yield
+
+
+def gradual(job: Job) -> Iterator[None]:
+    """c: the loop of train.py at the end of its curriculum. Clusters and votes are random; what they are costs the step nothing."""
+    device, n = torch.device(job.device), job.n
+    network, optimizer, autocast = ours(job)
+    images, y = job.tensors()
+    stage = curriculum.stage("gradual", 99, 100, 10, 7, 0.1, 0.8)
+    mix = stage.mix
+    active = y < stage.classes
+    labelled = data.label_mask(data.leak_order(y, 0), y, stage.label_fraction, range(stage.named))
+    in_use = torch.ones(10, dtype=torch.bool, device=device)
+    bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
+    clusters = torch.randint(max(2, round(n / 42)), (3, n), device=device)
+    pseudo, confidence = torch.where(labelled, y, torch.randint_like(y, 10)), torch.rand(n, device=device)
+    background = max(16, round(0.0064 * n))
+    masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
+    record = torch.zeros(100, len(train.TERMS), device=device)
+    draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
+    while True:
+        for step, index in enumerate(data.batches(active, labelled, job.batch_size, 100, stage.labelled_share, draws)):
+            for group in optimizer.param_groups:
+                group["lr"] = train.learning_rate(0.7, 0.01)
+            view1, view2 = augment.two_views(images[index], generator=generator)
+            x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
+            with autocast:
+                _, z, logits = network(x)
+            z1, z2 = z.chunk(2)
+            index2 = index.repeat(2)
+            terms = {}
+            found = losses.neighbours(z, index2, bank, active, background)
+            if mix["ntxent"]:
+                terms["ntxent"] = losses.nt_xent(z1, z2)
+            if mix["aggregation"]:
+                terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
+            if mix["propagation"]:
+                onehot = train.one_hot(pseudo[index2], pseudo[index2] >= 0, len(in_use))
+                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
+            if mix["supervised"]:
+                terms["supervised"] = losses.supervised(logits, train.one_hot(y[index2], labelled[index2], len(in_use)), in_use)
+            optimizer.zero_grad()
+            sum(mix[term] * loss for term, loss in terms.items()).backward()
+            optimizer.step()
+            grow_prune.apply_masks(network.encoder, masks)
+            bank.update(index, z1.detach() + z2.detach())
+            for term, loss in terms.items():
+                record[step, train.TERMS.index(term)] = loss.detach()
+            yield
+
+
+class Pictures(Dataset):
+    """PIL images through a transform, as torchvision's CIFAR10 gives them."""
+
+    def __init__(self, job: Job, transform):
+        self.images, self.labels, self.transform = np.ascontiguousarray(job.images.transpose(0, 2, 3, 1)), job.labels, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple:
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+
+
+def turns(job: Job, transform) -> Iterator[list[Tensor] | None]:
+    """Batches from a DataLoader, LEAD + steps a turn; then what the workers fetched ahead is thrown away, and they rest."""
+    use = LEAD + job.steps
+    dataset = Pictures(job, transform)
+    sampler = RandomSampler(dataset, num_samples=(use + WORKERS * PREFETCH) * job.batch_size)
+    pin = job.device.startswith("cuda")
+    loader = DataLoader(
+        dataset, job.batch_size, sampler=sampler, drop_last=True, num_workers=WORKERS, persistent_workers=True, pin_memory=pin
+    )
+    while True:
+        for i, (views, _) in enumerate(loader):
+            if i < use:
+                yield [view.to(job.device, non_blocking=pin) for view in views]
+        yield None
+
+
+def lightly(job: Job, our_format: bool = False) -> Iterator[None]:
+    """d and d': backbone and projection head, one forward pass a view, as in lightly's example."""
+    from lightly.loss import NTXentLoss
+    from lightly.transforms import SimCLRTransform
+
+    device = torch.device(job.device)
+    layout = torch.channels_last if our_format else torch.contiguous_format
+    network = model.build(job.model, 10).to(device, memory_format=layout)
+    project = torch.nn.Sequential(network.encoder, network.norm, network.projector)  # the transform normalises
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(project.parameters(), lr=0.06)
+    transform = SimCLRTransform(
+        input_size=32, cj_prob=0.8, cj_strength=0.5, min_scale=0.2, gaussian_blur=0.0, random_gray_scale=0.2, hf_prob=0.5, vf_prob=0.0
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=our_format and train.has_bf16(device))
+    for views in turns(job, transform):
+        if views:
+            with autocast:
+                z0, z1 = (project(view.contiguous(memory_format=layout)) for view in views)
+                loss = criterion(z0, z1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        yield
+
+
+def one_view() -> transforms.Compose:
+    """Our strong view, written with torchvision: PIL image -> float [3,32,32]."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(32, scale=(0.2, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.ToTensor(),
+        ]
+    )
+
+
+class Twice:
+    """Two independent views of an image."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        return [self.transform(image), self.transform(image)]
+
+
+def by_hand(job: Job) -> Iterator[None]:
+    """e"""
+    network = model.build(job.model, 10).to(job.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for views in turns(job, Twice(one_view())):
+        if views:
+            z = F.normalize(network.projector(network.embed(torch.cat(views))), dim=1)
+            similarity = (z @ z.T / 0.5).fill_diagonal_(float("-inf"))
+            target = torch.arange(len(z), device=z.device).roll(len(z) // 2)
+            optimizer.zero_grad()
+            F.cross_entropy(similarity, target).backward()
+            optimizer.step()
+        yield
+
+
+def steps_of(job: Job) -> Iterator[None]:
+    """The contestant's generator."""
+    if job.contestant in "abc":
+        train.tune_machine()
+    torch.manual_seed(0)
+    if job.contestant in ("d", "d'"):
+        return lightly(job, our_format=job.contestant == "d'")
+    return {"a": bare, "b": simclr, "c": gradual, "e": by_hand}[job.contestant](job)
+
+
+# ---- taking turns ---------------------------------------------------------------------------------------------------
+
+
+def resident() -> tuple[float, float]:
+    """MB of memory: the largest this process ever held, and what its workers hold now that they do not share with it.
+
+    Linux's ru_maxrss will not do: a new process inherits that of its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    private = 0.0
+    for child in active_children():
+        rollup = Path(f"/proc/{child.pid}/smaps_rollup")
+        if rollup.exists():
+            private += sum(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("Private_")) / 2**10
+    return peak, private
+
+
+def contest(job: Job, pipe) -> None:
+    """A contestant's process: a turn for every True from the pipe, its seconds sent back; for False, its memory, and the end."""
+    try:
+        gpu = job.device.startswith("cuda")
+        wait = torch.cuda.synchronize if gpu else lambda: None
+        step = steps_of(job)
+        while pipe.recv():
+            for _ in range(LEAD):
+                next(step)
+            wait()
+            began = time.perf_counter()
+            for _ in range(job.steps):
+                next(step)
+            wait()
+            seconds = time.perf_counter() - began
+            next(step)  # a loader comes to rest
+            wait()
+            pipe.send(seconds)
+        peak, workers = resident()
+        pipe.send(
+            {"peak_mb": peak + workers, "workers_mb": workers} | ({"gpu_mb": torch.cuda.max_memory_allocated() / 2**20} if gpu else {})
+        )
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
+def spread(values: list[float]) -> dict:
+    """Median, min and max, and the values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
+
+
+def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, dict]:
+    """Let the jobs take turns, after one round that does not count: {name: images_per_second and memory, or why not}."""
+    context = get_context("spawn")
+    results, pipes, processes, speeds = {}, {}, [], {name: [] for name in jobs}
+    for name, job in jobs.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=contest, args=(job, theirs)))
+        processes[-1].start()
+        theirs.close()
+
+    def ask(name: str, question: bool):
+        try:
+            pipes[name].send(question)
+            answer = pipes[name].recv()
+        except (EOFError, BrokenPipeError):
+            answer = "the process died"
+        if isinstance(answer, str):
+            print(f"{name}: {answer}", file=sys.stderr)
+            results[name] = {"not_measured": answer.strip().splitlines()[-1]}
+            del pipes[name]
+            return None
+        return answer
+
+    for r in range(-1, rounds):
+        names = list(pipes)
+        turn = r % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            seconds = ask(name, True)
+            if seconds and r >= 0:
+                speeds[name].append(jobs[name].batch_size * jobs[name].steps / seconds)
+    for name in list(pipes):
+        memory = ask(name, False)
+        if memory:
+            results[name] = {"images_per_second": spread(speeds[name]), **memory}
+    for process in processes:  # what is measured next is alone again
+        process.join()
+    return {name: results[name] for name in jobs}
+
+
+def ratio(results: dict, left: str, right: str) -> dict | None:
+    """left / right, round by round; None if one of them was not measured."""
+    both = [results.get(name, {}).get("images_per_second") for name in (left, right)]
+    return spread([p / q for p, q in zip(*(speeds["rounds"] for speeds in both), strict=True)]) if all(both) else None
+
+
+def views(images: np.ndarray, rounds: int) -> dict:
+    """Images a second of one strong view of 256 images on one core: ours, and torchvision's on PIL images, in alternation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    x = torch.from_numpy(images[:256])
+    pictures, transform = np.ascontiguousarray(images[:256].transpose(0, 2, 3, 1)), one_view()
+    ways = {
+        "batched": lambda: augment.strong(x),
+        "torchvision": lambda: torch.stack([transform(Image.fromarray(picture)) for picture in pictures]),
+    }
+    speeds = {name: [] for name in ways}
+    for r in range(-1, rounds):
+        for name, way in ways.items():
+            repeats = 10 if name == "batched" else 1
+            began = time.perf_counter()
+            for _ in range(repeats):
+                way()
+            if r >= 0:
+                speeds[name].append(repeats * len(x) / (time.perf_counter() - began))
+    torch.set_num_threads(threads)
+    results = {name: {"images_per_second": spread(values)} for name, values in speeds.items()}
+    return results | {"ratio": ratio(results, "batched", "torchvision")}
+
+
+# ---- what people see ------------------------------------------------------------------------------------------------
+
+
+def machine(device: str) -> dict:
+    """The hardware and the versions the figures belong to."""
+    cpu = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
+    packages = ["torch", "torchvision", "numpy", "pillow"] + (["lightly"] if importlib.util.find_spec("lightly") else [])
+    return {
+        "cpu": cpu or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "bfloat16": train.has_bf16(torch.device(device)),
+        "load_average": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def show(title: str, results: dict, labels: dict[str, str]) -> None:
+    """One table: images a second and memory of every contestant."""
+    print(f"\n{title:34s} images/s      min      max   peak MB   GPU MB", flush=True)
+    for name, result in results.items():
+        label = f"{name:6s} {labels.get(name, '')}"
+        if "not_measured" in result:
+            print(f"  {label:30s}  not measured: {result['not_measured']}")
+            continue
+        s = result["images_per_second"]
+        memory = "".join(f"{result[key]:9.0f}" if key in result else f"{'-':>9s}" for key in ("peak_mb", "gpu_mb"))
+        print(f"  {label:30s} {s['median']:10.0f} {s['min']:8.0f} {s['max']:8.0f} {memory}")
+
+
+def show_ratio(name: str, value: dict | None) -> None:
+    """One line: median (min .. max)."""
+    print(f"  {name:6s} " + ("not measured" if value is None else f"{value['median']:.3f}  ({value['min']:.3f} .. {value['max']:.3f})"))
+
+
+def pictures() -> tuple[np.ndarray, np.ndarray, str]:
+    """CIFAR-10's training images and labels if they are there, noise otherwise, and which of the two."""
+    try:
+        dataset = data.load_dataset("cifar10", ROOT / "data", download=False)
+        return dataset.train_x.numpy(), dataset.train_y.numpy(), "cifar10"
+    except ValueError:
+        rng = np.random.default_rng(0)
+        return rng.integers(0, 256, (10_000, 3, 32, 32), np.uint8), rng.integers(0, 10, 10_000), "noise"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["cnn", "vgg-small", "vgg16"], metavar="NAME", help="networks of model.py")
+    add("--rounds", type=int, default=7, metavar="N", help="turns each contestant has, after one that does not count")
+    add("--steps", type=int, default=10, metavar="N", help=f"timed steps a turn, after {LEAD} that are not")
+    add("--batch-size", type=int, default=128, metavar="N", help="images a step; each is seen in two views")
+    sizes = [1_000, 10_000, 50_000, 200_000]
+    add("--sizes", type=int, nargs="*", metavar="N", help=f"also the gradual step with N training images; {sizes} if none is named")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--out", type=Path, default=ROOT / "results" / "speed.json", metavar="FILE", help="where the figures go")
+    args = parser.parse_args()
+
+    images, labels, source = pictures()
+    results = {
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "machine": machine(args.device),
+        "settings": {"rounds": args.rounds, "steps": args.steps, "batch_size": args.batch_size, "images": source},
+    }
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if k != "versions"))
+    print(", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items()))
+    print(f"{args.batch_size} images a step, two views each, from {source}; {args.rounds} rounds of {args.steps} steps")
+
+    def job(contestant: str, name: str, n: int) -> Job:
+        some = slice(0, min(n, len(images)))
+        return Job(contestant, name, images[some], labels[some], n, args.batch_size, args.steps, args.device)
+
+    results["models"] = {}
+    for name in args.models:
+        missing = () if importlib.util.find_spec("lightly") else ("d", "d'")
+        measured = alternate({c: job(c, name, 10_000) for c in CONTESTANTS if c not in missing}, args.rounds)
+        measured |= {c: {"not_measured": f"lightly is missing; {INSTALL}"} for c in missing}
+        measured = {c: measured[c] for c in CONTESTANTS}
+        show(name, measured, CONTESTANTS)
+        ratios = {f"{p}/{q}": ratio(measured, p, q) for p, q in RATIOS}
+        for pair, value in ratios.items():
+            show_ratio(pair, value)
+        results["models"][name] = {"contestants": measured, "ratios": ratios}
+
+    results["view"] = views(images, args.rounds)
+    print("\none strong view of 256 images on one core, images/s")
+    for way in ("batched", "torchvision"):
+        s = results["view"][way]["images_per_second"]
+        print(f"  {way:30s} {s['median']:10.0f} {s['min']:8.0f} {s['max']:8.0f}")
+    show_ratio("ratio", results["view"]["ratio"])
+
+    if args.sizes is not None:
+        results["sizes"] = {}
+        for name in args.models:
+            measured = alternate({f"{n}": job("c", name, n) for n in args.sizes or sizes}, args.rounds)
+            show(f"{name}: gradual step with N images", measured, {})
+            results["sizes"][name] = measured
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    train.write_json(args.out, results)
+    print(f"\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()
