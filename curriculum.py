@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # When things happen in the gradual curriculum, in progress 0..1.
-LEAK = (0.15, 0.60)  # labels of the named classes leak in, from none to the budget
-ARRIVAL = (0.25, 0.45)  # images of the late classes join, the first and the last of them
-NAMING = 0.08  # this much later, the first labels of a late class
+LEAK = (0.10, 0.40)  # labels of the named classes leak in, from none to the budget
+ARRIVAL = (0.15, 0.35)  # images of the late classes join, the first and the last of them
+NAMING = 0.07  # this much later, the first labels of a late class
 PRUNE = (0.30, 0.85)  # weights are pruned, along a cubic
 
 
@@ -67,11 +67,11 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         name = "maturity"
     mix = {
         "ntxent": 1.0 - 0.8 * leak,
-        "aggregation": 0.5 * ramp(progress, 0.10, 0.20),
+        "aggregation": (0.5 - 0.4 * leak) * ramp(progress, 0.05, 0.15),
         "propagation": leak,
         "supervised": float(leak > 0),
     }
-    return Stage(name, classes, named, budget * leak, mix, 0.25, cubic_sparsity(progress, sparsity))
+    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity))
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
@@ -87,8 +87,8 @@ def self_known(progress: float, num_classes: int, known: int, budget: float, spa
 
 def semi(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """Everything at once: all classes and the whole budget from the first epoch, in a constant mix."""
-    mix = {"ntxent": 0.5, "aggregation": 0.5, "propagation": 1.0, "supervised": 1.0}
-    return Stage("semi", num_classes, num_classes, budget, mix, 0.25, cubic_sparsity(progress, sparsity))
+    mix = {"ntxent": 0.2, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
+    return Stage("semi", num_classes, num_classes, budget, mix, 0.5, cubic_sparsity(progress, sparsity))
 
 
 def fully_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:

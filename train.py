@@ -176,7 +176,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / per_cluster)), generator=generator)
-        if has_labels:
+        if mix["propagation"] and has_labels:
             pseudo[pool], confidence[pool] = losses.propagate_labels(
                 bank.rows[pool], y[pool], labelled[pool], k=50, temperature=0.1, balance=True
             )
@@ -222,43 +222,65 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
         trained = time.perf_counter()
 
-        # During the run a part of the test images has to do; the last epoch sees all of them.
-        some = slice(None)
-        if epoch < args.epochs - 1:
-            some = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(device)
-        right = guess = None
-        if taught.any():
-            guess = scores(network, test_x[some], taught, bf16).argmax(1)
-            right = guess == test_y[some]
-        hidden = active & ~labelled & (pseudo >= 0)  # where propagation had to guess
-        row = {
-            "epoch": epoch + 1,
-            "stage": stage.name,
-            "classes": stage.classes,
-            "units": network.head.out_features,
-            "labels": int(labelled.sum()),
-            "label_fraction": int(labelled.sum()) / n,
-            "accuracy": None if right is None else right.float().mean().item(),
-            "old_accuracy": None if right is None else share(right, test_y[some] < known),
-            "new_accuracy": None if right is None else share(right, test_y[some] >= known),
-            "pseudo_accuracy": share(pseudo == y, hidden),
-            "pseudo_coverage": share(confidence > 0.8, hidden),
-            "pseudo_confident_accuracy": share(pseudo == y, hidden & (confidence > 0.8)),
-            "sparsity": grow_prune.sparsity_of(network.encoder),
-            **{f"loss_{t}": loss if mix[t] and loss else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)},
-            "learning_rate": optimizer.param_groups[0]["lr"],
-        }
-        by_class = [None] * classes if right is None else evaluate.class_accuracy(guess, test_y[some], classes)
-        row |= {f"accuracy_{name}": value for name, value in zip(dataset.classes, by_class, strict=True)}
+        row = measure(args, dataset, state, stage, active, labelled, pseudo, confidence, bf16)
+        row |= {f"loss_{t}": loss if mix[t] and loss else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
         write_checkpoint(out / "checkpoint.pt", state.pack(args))
         write_log(out / "log.csv", state.rows)
         print(progress_line(row, args.epochs, state.rows), flush=True)
 
-    write_log(out / "log.csv", state.rows)
+    write_log(out / "log.csv", state.rows)  # a run stopped between its last checkpoint and here has none of that epoch yet
     finish(args, dataset, state, leak, stages, bf16, out)
     return 0
+
+
+def measure(
+    args: argparse.Namespace,
+    dataset: data.Dataset,
+    state: State,
+    stage: curriculum.Stage,
+    active: Tensor,
+    labelled: Tensor,
+    pseudo: Tensor,
+    confidence: Tensor,
+    bf16: bool,
+) -> dict:
+    """Where the network stands after an epoch: a row of log.csv. active, labelled: bool [N]; pseudo, confidence: [N].
+
+    During the run a part of the test images has to do; the last epoch sees all of them.
+    """
+    y, n, known, classes = dataset.train_y, len(dataset.train_y), args.known_classes, len(dataset.classes)
+    test_x, test_y = dataset.test_x, dataset.test_y
+    if len(state.rows) < args.epochs - 1:
+        some = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(y.device)
+        test_x, test_y = test_x[some], test_y[some]
+    accuracy = old = new = None
+    by_class = [None] * classes
+    taught = y[labelled].bincount(minlength=classes) > 0
+    if taught.any():
+        guess = scores(state.network, test_x, taught, bf16).argmax(1)
+        right = guess == test_y
+        accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
+        by_class = evaluate.class_accuracy(guess, test_y, classes)
+    hidden = active & ~labelled & (pseudo >= 0)  # where propagation had to guess
+    return {
+        "epoch": len(state.rows) + 1,
+        "stage": stage.name,
+        "classes": stage.classes,
+        "units": state.network.head.out_features,
+        "labels": int(labelled.sum()),
+        "label_fraction": int(labelled.sum()) / n,
+        "accuracy": accuracy,
+        "old_accuracy": old,
+        "new_accuracy": new,
+        "pseudo_accuracy": share(pseudo == y, hidden),
+        "pseudo_coverage": share(confidence > 0.8, hidden),
+        "pseudo_confident_accuracy": share(pseudo == y, hidden & (confidence > 0.8)),
+        "sparsity": grow_prune.sparsity_of(state.network.encoder),
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        **{f"accuracy_{name}": value for name, value in zip(dataset.classes, by_class, strict=True)},
+    }
 
 
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
