@@ -34,15 +34,20 @@ def chunks(n: int, columns: int) -> list[slice]:
 # ---- self-supervision -----------------------------------------------------------------------------------------------
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean") -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean", index: Tensor | None = None) -> Tensor:
     """Normalised temperature-scaled cross-entropy: each view must find the other among all (SimCLR, equation 1).
 
     z1, z2: [B,D], two views of the same images, any scale. loss_i = -log softmax_j(z_i . z_j / temperature) at the other
     view, j over the 2B-1 other rows. An untrained network gives about ln(2B-1). "none" gives [2B].
+    index: int64 [B], which image each is, where an image may occur twice in the batch: it is no negative of itself.
     """
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, D)
-    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
     target = torch.arange(len(z), device=z.device).roll(len(z1))
+    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    if index is not None:
+        image = index.repeat(2)
+        again = (image[:, None] == image).scatter_(1, target[:, None], False)  # the positive pair stays
+        similarity = similarity.masked_fill(again, float("-inf"))
     return F.cross_entropy(similarity, target, reduction=reduction)
 
 

@@ -326,6 +326,22 @@ def test_nt_xent_of_chance_and_of_equal_views():
     assert torch.isfinite(losses.nt_xent(z1, z1, 0.01))
 
 
+def test_an_image_that_occurs_twice_is_no_negative_of_itself():
+    index, tau = torch.tensor([4, 9, 4, 7]), 0.3
+    z1, z2 = (unit_rows(4, 6, s, torch.float64).requires_grad_() for s in (0, 1))
+    z, image = torch.cat([z1, z2]), index.repeat(2).tolist()
+    total = 0
+    for i in range(8):
+        j = (i + 4) % 8
+        others = [k for k in range(8) if k == j or image[k] != image[i]]
+        total -= torch.log(torch.exp(z[i] @ z[j] / tau) / sum(torch.exp(z[i] @ z[k] / tau) for k in others))
+    ours = losses.nt_xent(z1, z2, tau, index=index)
+    torch.testing.assert_close(ours.double(), total / 8, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, (z1, z2)), torch.autograd.grad(total / 8, (z1, z2)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(losses.nt_xent(z1, z2, tau, index=torch.arange(4)), losses.nt_xent(z1, z2, tau))
+
+
 def test_supervised_is_cross_entropy_over_the_active_units_and_ignores_the_rest():
     logits = torch.randn(6, 5, generator=seeded(), dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0, 3, 1, 1, 3, 4])

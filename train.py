@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             if mix["aggregation"] or mix["propagation"]:
                 found = losses.neighbours(z, index2, bank, active, background)
             if mix["ntxent"]:
-                terms["ntxent"] = losses.nt_xent(z1, z2)
+                terms["ntxent"] = losses.nt_xent(z1, z2, index=index)
             if mix["aggregation"]:
                 terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
             if mix["propagation"] and has_labels:
