@@ -7,8 +7,8 @@
     supervised   all classes, all labels
     labels-only  the label budget, and only the images that have a label
 
-    stage = stage("gradual", epoch=12, epochs=30, num_classes=10)
-    stage.classes, stage.named, stage.label_fraction, stage.mix, stage.sparsity
+    now = stage("gradual", epoch=12, epochs=30, num_classes=10)
+    now.classes, now.named, now.label_fraction, now.mix, now.sparsity
 
 `python curriculum.py` prints the six schedules as tables and draws them to curriculum.png.
 """
@@ -61,10 +61,10 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
     leak = ramp(progress, *LEAK)
     if leak == 0:
         name = "infancy"
-    elif classes < num_classes or named < num_classes:
-        name = "new classes" if classes > known else "labels leak"
-    else:
+    elif named == num_classes and leak == 1:
         name = "maturity"
+    else:
+        name = "new classes" if classes > known else "labels leak"
     mix = {
         "ntxent": 1.0 - 0.8 * leak,
         "aggregation": (0.5 - 0.4 * leak) * ramp(progress, 0.05, 0.15),

@@ -67,9 +67,10 @@ def load_dataset(name: str, root: str | Path = "data", download: bool = True) ->
     elif name in DATASETS:
         folder = Path(root) / name
         archive = Path(root) / ARCHIVES[name]
-        splits, classes = (
-            read_folder(folder) if (folder / "train").is_dir() and not archive.is_dir() else read_torchvision(name, Path(root), download)
-        )
+        if (folder / "train").is_dir() and not archive.is_dir():
+            splits, classes = read_folder(folder)
+        else:
+            splits, classes = read_torchvision(name, Path(root), download)
     else:
         raise ValueError(f"unknown dataset '{name}'{suggest(name, DATASETS)}; use {', '.join(DATASETS)} or folder:PATH")
     (train_x, train_y), (test_x, test_y) = splits
@@ -202,7 +203,7 @@ def read_image(name: str) -> np.ndarray:
         with Image.open(name) as image:
             if image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except Exception as error:  # PIL's readers raise whatever a torn file makes them trip over
         raise ValueError(f"{name}: not a readable image ({reason(error)})") from None
@@ -277,11 +278,6 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     return (order < quota[labels]) & known[labels]
 
 
-def class_mask(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Which images belong to one of `classes`: bool [N]."""
-    return torch.isin(labels, torch.as_tensor(classes, dtype=labels.dtype, device=labels.device))
-
-
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` entries of pool [M]: whole random permutations, one after the other, the last one cut off. int64 [count]."""
     rounds = math.ceil(count / len(pool))
@@ -295,7 +291,7 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
     any, the rest from all active ones. generator: on the CPU. Nothing is transferred during the epoch.
     """
     known = (active & labelled).nonzero()[:, 0].cpu()
-    size_known = round(size * labelled_share) if len(known) else 0
+    size_known = max(1, round(size * labelled_share)) if len(known) and labelled_share else 0
     parts = []
     if size_known:
         parts.append(draw(known, size_known * steps, generator).view(steps, size_known))

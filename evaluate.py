@@ -45,11 +45,17 @@ def embed(network: nn.Module, x: Tensor, part: str = "h", batch_size: int = 512,
     return torch.cat(out)
 
 
-def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2: float = 1e-3, steps: int = 100) -> float:
+def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2: float | None = None, steps: int = 100) -> float:
     """Test accuracy (0..1) of multinomial logistic regression on frozen embeddings [N,D], standardised.
 
     Minimises mean cross-entropy + l2 |W|^2 with L-BFGS; scikit-learn's LogisticRegression with C = 1 / (2 l2 N) is the same.
+    l2: if None, the best of four on a random fifth of the training images, before all of them are used.
     """
+    if l2 is None:
+        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0)).to(train_y.device)
+        held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
+        parts = train_h[rest], train_y[rest], train_h[held], train_y[held]
+        l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value, steps))
     mean, std = train_h.mean(0), train_h.std(0, correction=0).clamp(min=1e-6)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
     linear = nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
@@ -91,7 +97,7 @@ def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float
 def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
     """Per class, best accuracy so far minus accuracy now: accuracy [epochs, classes] in 0..1 -> [classes]."""
     accuracy = np.asarray(accuracy, dtype=float)
-    return accuracy.max(0) - accuracy[-1]
+    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # fmax passes over NaN: no test image of that class
 
 
 def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
@@ -180,7 +186,7 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
         if not np.isnan(y).all():
             axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=MARKERS[COLOURS.index(colour)], markersize=3)
     axes[1].set(ylabel="loss, unweighted", ylim=(0, None))
-    axes[2].plot(x, [row["label_fraction"] for row in rows], color="black", linewidth=2, label="labels known, of all images")
+    axes[2].plot(x, [row["labelled"] for row in rows], color="black", linewidth=2, label="images with a known label")
     for key, label, colour, marker in (
         ("pseudo_accuracy", "pseudo-labels right", COLOURS[0], "o"),
         ("pseudo_coverage", "pseudo-labels with confidence > 0.8", COLOURS[1], "s"),
@@ -313,7 +319,7 @@ COLUMNS = (
     *("accuracy", "old_accuracy", "new_accuracy", "first_sight", "probe", "probe_leaked", "knn"),
     *("ari", "nmi", "silhouette", "forgetting", "sparsity"),
 )
-NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "command")
+NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "machine")
 
 
 def read_run(folder: str | Path) -> tuple[dict, dict]:

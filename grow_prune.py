@@ -20,7 +20,8 @@ def grow_head(head: nn.Linear, optimizer: torch.optim.Optimizer | None, count: i
 
     The larger parameter takes the place of the old one in the same parameter group, and the old rows keep their values
     and their optimizer state (momentum, second moments), so that their next update is what it would have been. A new row
-    has a random direction, the mean length of the old rows, and a state of zeros. Raises ValueError for count < 1.
+    has a random direction, the mean length of the old rows, and a state of zeros. Raises ValueError for count < 1, and for
+    an optimizer whose state is not one value a weight (Adafactor, LBFGS).
     """
     if count < 1:
         raise ValueError(f"a head grows by at least one unit, not {count}")
@@ -47,6 +48,8 @@ def swap_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -
     for key, value in state.items():
         if torch.is_tensor(value) and value.shape == old.shape:
             state[key] = torch.cat([value, value.new_zeros(len(new) - len(old), *value.shape[1:])])
+        elif torch.is_tensor(value) and value.numel() > 1:
+            raise ValueError(f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop")
     optimizer.state[new] = state
 
 
@@ -63,8 +66,17 @@ def imprint(head: nn.Linear, unit: int, h: Tensor) -> None:
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that may be pruned, by name: matrices and filters, not biases and norms."""
-    return {name: p for name, p in model.named_parameters() if p.ndim > 1}
+    """The weights that may be pruned, by name: those of linear and convolutional layers and the inputs of attention.
+
+    Not biases, norms, layer scales, class tokens and position embeddings, of which some are small without being useless.
+    """
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            weights[f"{name}.weight".removeprefix(".")] = module.weight
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            weights[f"{name}.in_proj_weight".removeprefix(".")] = module.in_proj_weight
+    return weights
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20  # of the largest temporary; the neighbour search never builds an [N, N] matrix
+CHUNK_BYTES = 64 << 20  # of a block of similarities; the neighbour search never builds an [N, N] matrix
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
@@ -115,8 +115,8 @@ def spread_centres(x: Tensor, k: int, generator: torch.Generator | None) -> Tens
         candidates = torch.searchsorted(cumulative, u).clamp(max=len(sample) - 1)
         to_candidates = norm + norm[candidates, None] - 2 * sample[candidates] @ sample.T  # (trials, samples)
         left = torch.minimum(distance, to_candidates.clamp_(min=0))
-        best = left.sum(1).argmin()
-        distance, centres[i] = left[best], sample[candidates[best]]
+        best = left.sum(1).argmin(keepdim=True)  # a tensor as index: no waiting for a GPU
+        distance, centres[i] = left.index_select(0, best)[0], sample.index_select(0, candidates.index_select(0, best))[0]
     return centres
 
 
@@ -239,10 +239,11 @@ def propagate_labels(
     if balance:
         weight -= y.bincount()[y].log()
 
+    classes = int(y.max()) + 1
     for part in chunks(n, len(known)):
         similarity, near = (rows[part] @ voters.T).topk(min(k, len(known)), dim=1)  # (b, k)
         share = (similarity / temperature + weight[near]).softmax(1)
-        votes = torch.zeros(len(near), int(y.max()) + 1, device=rows.device).scatter_add_(1, y[near], share)
+        votes = torch.zeros(len(near), classes, device=rows.device).scatter_add_(1, y[near], share)
         confidence[part], pseudo[part] = votes.max(1)
     pseudo[known], confidence[known] = y, 1.0
     return pseudo, confidence

@@ -9,7 +9,6 @@ classification model of torchvision serves as encoder too, with its stem changed
 """
 
 import difflib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -104,7 +103,8 @@ def torchvision_encoder(name: str) -> tuple[nn.Module, int]:
     """A torchvision classification model without its classifier, for 32x32 images, and the width of its features.
 
     Made for 224x224, these models reduce an image by four before the first block, which costs a 32x32 image most of its
-    detail: the first convolution is replaced by one of stride 1 (3x3; 4x4 patches for transformers) and a max-pool behind it removed.
+    detail: the first convolution is replaced by a 3x3 one of stride 1 and a max-pool right behind it is removed. A vision
+    transformer (vit_*) gets patches of 4x4 pixels.
     """
     from torchvision import models
 
@@ -118,7 +118,10 @@ def torchvision_encoder(name: str) -> tuple[nn.Module, int]:
         options |= {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_"):
         options |= {"image_size": 32}
-    encoder = models.get_model(name, **options)
+    try:
+        encoder = models.get_model(name, **options)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"model '{name}' cannot be made for 32x32 images ({str(error)[:80]})") from None
 
     # The classifier is the last layer with 1000 outputs; whatever pools or flattens around it stays.
     last = [n for n, m in encoder.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000][-1]
@@ -140,8 +143,8 @@ def torchvision_encoder(name: str) -> tuple[nn.Module, int]:
     try:
         with torch.no_grad():
             features = encoder.eval()(torch.zeros(2, 3, 32, 32))
-        assert features.ndim == 2 and math.isfinite(features.sum())
+        if features.ndim != 2 or not features.isfinite().all():
+            raise ValueError("no feature vector")
     except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no feature vector"
-        raise ValueError(f"model '{name}' cannot take 32x32 images ({reason})") from None
+        raise ValueError(f"model '{name}' cannot take 32x32 images ({str(error).splitlines()[0]})") from None
     return encoder.train(), features.shape[1]

@@ -604,6 +604,23 @@ def test_growth_and_pruning_in_any_order_keep_their_invariants(todo, seed):
         assert math.isclose(grow_prune.sparsity_of(encoder), round(sparsity * 256) / 256)  # of 216 + 40 weights
 
 
+def test_what_may_be_pruned_is_weights_of_layers_only():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    network.layer_scale = nn.Parameter(torch.full((4, 1, 1), 1e-6))
+    assert set(grow_prune.prunable(network)) == {"0.weight", "3.weight"}
+    grow_prune.prune_smallest(network, 0.9)
+    assert (network.layer_scale == 1e-6).all()
+
+
+def test_an_optimizer_that_cannot_grow_is_refused():
+    head = nn.Linear(4, 3)
+    optimizer = torch.optim.Adafactor(head.parameters())
+    head(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="Adafactor"):
+        grow_prune.grow_head(head, optimizer)
+
+
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
@@ -622,7 +639,7 @@ def test_probe_is_scikit_learns_logistic_regression(blobs):
     scaled, test = (a - a.mean(0)) / a.std(0, correction=0), (b - a.mean(0)) / a.std(0, correction=0)
     reference = LogisticRegression(C=1 / (2 * 1e-3 * 200), max_iter=1000).fit(scaled.numpy(), y[:200].numpy())
     expected = reference.score(test.numpy(), y[200:].numpy())
-    assert 0.5 < expected < 1 and abs(evaluate.linear_probe(a, y[:200], b, y[200:]) - expected) <= 0.005
+    assert 0.5 < expected < 1 and abs(evaluate.linear_probe(a, y[:200], b, y[200:], l2=1e-3) - expected) <= 0.005
 
 
 def test_knn_is_scikit_learns(blobs):
@@ -646,6 +663,7 @@ def test_cluster_scores_of_perfect_permuted_and_random_clusters():
 
 def test_forgetting_and_novelty():
     assert evaluate.forgetting([[0.5, 0.0], [0.9, 0.4], [0.7, 0.6]]).tolist() == pytest.approx([0.2, 0.0])
+    assert evaluate.forgetting([[0.5, math.nan], [0.4, math.nan]])[0] == pytest.approx(0.1)
     assert evaluate.novelty_auroc(torch.tensor([0.1, 0.2, 0.9, 0.8]), torch.tensor([False, False, True, True])) == 1.0
     assert evaluate.class_accuracy(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), 2) == [0.5, 1.0]
 
@@ -725,9 +743,9 @@ def test_a_run_that_diverges_is_interrupted_and_fills_the_disk_ends_as_if_nothin
     new, on = ["--curriculum", "gradual", *TINY, "--epochs", "8", "--out", str(out)], ["--resume", "--out", str(out)]
     loss, write = losses.nt_xent, train.write_checkpoint
 
-    def not_a_number(*views):  # in the second step of epoch 4; an epoch has seven
+    def not_a_number(*views, **options):  # in the second step of epoch 4; an epoch has seven
         steps.append(views)
-        return loss(*views) * (math.nan if len(steps) == 3 * 7 + 2 else 1)
+        return loss(*views, **options) * (math.nan if len(steps) == 3 * 7 + 2 else 1)
 
     def ctrl_c(path, state):
         write(path, state)
@@ -747,7 +765,7 @@ def test_a_run_that_diverges_is_interrupted_and_fills_the_disk_ends_as_if_nothin
             not_a_number,
             2,
             3,
-            "epoch 4 (new classes): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
+            "epoch 4 (maturity): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
         ),
         (on, train, "write_checkpoint", ctrl_c, 130, 5, f"go on with: python train.py --resume --out {out}"),
         (on, train, "write_checkpoint", full, 2, 6, f"No space left on device; go on with: python train.py --resume --out {out}"),
@@ -772,7 +790,7 @@ def test_weights_that_are_not_finite_are_named():
     network = model.build("cnn", 3)
     train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
     network.head.weight.data[1, 2] = math.inf
-    with pytest.raises(ValueError, match=r"epoch 1 \(infancy\): the weight 'head.weight' is not finite; there is no checkpoint yet"):
+    with pytest.raises(FloatingPointError, match=r"epoch 1 \(infancy\): the weight 'head.weight' is not finite; there is no checkpoint yet"):
         train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
 
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -39,12 +40,13 @@ import model
 # What a data set is trained with unless a flag says otherwise. lr is the peak, for SGD with momentum at that batch size.
 DEFAULTS = {
     "digits": dict(model="cnn", epochs=60, batch_size=128, lr=0.06),
-    "mnist": dict(model="cnn", epochs=5, batch_size=128, lr=0.06),
+    "mnist": dict(model="cnn", epochs=15, batch_size=128, lr=0.06),
     "cifar10": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "cifar100": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "folder": dict(model="vgg-small", epochs=50, batch_size=128, lr=0.06),
 }
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
+NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
 VERSION = 1  # of the checkpoint; raise it when its contents change
 
 
@@ -86,8 +88,8 @@ def learning_rate(progress: float, peak: float) -> float:
 
 def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list[dict]:
     """Weights of encoder and projector decay; biases, norms and the cosine head do not."""
-    decays = {name: p.ndim > 1 and not name.startswith("head.") for name, p in network.named_parameters()}
-    groups = [[p for n, p in network.named_parameters() if decays[n] == d] for d in (True, False)]
+    decaying = {name for name in grow_prune.prunable(network) if not name.startswith("head.")}
+    groups = [[p for name, p in network.named_parameters() if (name in decaying) == d] for d in (True, False)]
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
 
@@ -108,7 +110,7 @@ def share(right: Tensor, among: Tensor) -> float | None:
 
 
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
-    """The loop."""
+    """The loop: `dataset` on `device`, into the folder `out`, from `checkpoint` if there is one. Returns the exit status 0."""
     bf16 = has_bf16(device)
     dataset = dataset.to(device)
     images, y, test_x, test_y = dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
@@ -132,7 +134,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     announce(args, dataset, network, device, bf16, out)
 
     steps = math.ceil(n / args.batch_size)
-    background, per_cluster = max(16, round(0.0064 * n)), 42  # neighbours looked at and images a cluster, as at ImageNet's size
+    background = max(16, round(0.0064 * n))  # rows looked at: twice the share that the paper takes of ImageNet
+    per_cluster = 42  # images in a cluster, as in the paper
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
         stage, before = stages[epoch], stages[epoch - 1] if epoch else None
@@ -164,12 +167,13 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         # Names: the first labels of a class give it a unit that points at them, before any gradient step.
         if stage.named > network.head.out_features:
             grow_prune.grow_head(network.head, optimizer, stage.named - network.head.out_features)
-        for c in (taught & ~was_taught).nonzero()[:, 0].tolist() if epoch else []:
-            mine, theirs = labelled & (y == c), test_y == c
-            grow_prune.imprint(network.head, c, evaluate.embed(network, images[mine], bf16=bf16))
-            if c >= known:
-                right = scores(network, test_x[theirs], taught, bf16).argmax(1) == c
-                state.first_sight.append({"class": dataset.classes[c], "labels": int(mine.sum()), "accuracy": right.float().mean().item()})
+        fresh = (taught & ~was_taught).nonzero()[:, 0].tolist() if epoch else []
+        for c in fresh:
+            grow_prune.imprint(network.head, c, evaluate.embed(network, images[labelled & (y == c)], bf16=bf16))
+        for c in (c for c in fresh if c >= known):
+            right = scores(network, test_x[test_y == c], taught, bf16).argmax(1) == c
+            seen = {"class": dataset.classes[c], "labels": int((labelled & (y == c)).sum()), "accuracy": right.float().mean().item()}
+            state.first_sight.append(seen)
 
         # Neighbours: this epoch's clusters, and what the labelled neighbours say about the rest.
         pool = active.nonzero()[:, 0]
@@ -223,7 +227,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         trained = time.perf_counter()
 
         row = measure(args, dataset, state, stage, active, labelled, pseudo, confidence, bf16)
-        row |= {f"loss_{t}": loss if mix[t] and loss else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
+        row |= {f"loss_{t}": loss if t in terms else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
         write_checkpoint(out / "checkpoint.pt", state.pack(args))
@@ -248,13 +252,14 @@ def measure(
 ) -> dict:
     """Where the network stands after an epoch: a row of log.csv. active, labelled: bool [N]; pseudo, confidence: [N].
 
-    During the run a part of the test images has to do; the last epoch sees all of them.
+    A fixed part of the test images has to do; only the last epoch's accuracies over several classes see all of them.
     """
     y, n, known, classes = dataset.train_y, len(dataset.train_y), args.known_classes, len(dataset.classes)
     test_x, test_y = dataset.test_x, dataset.test_y
+    part = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(y.device)
     if len(state.rows) < args.epochs - 1:
-        some = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(y.device)
-        test_x, test_y = test_x[some], test_y[some]
+        test_x, test_y = test_x[part], test_y[part]
+        part = slice(None)
     accuracy = old = new = None
     by_class = [None] * classes
     taught = y[labelled].bincount(minlength=classes) > 0
@@ -262,7 +267,7 @@ def measure(
         guess = scores(state.network, test_x, taught, bf16).argmax(1)
         right = guess == test_y
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
-        by_class = evaluate.class_accuracy(guess, test_y, classes)
+        by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
     hidden = active & ~labelled & (pseudo >= 0)  # where propagation had to guess
     return {
         "epoch": len(state.rows) + 1,
@@ -270,7 +275,7 @@ def measure(
         "classes": stage.classes,
         "units": state.network.head.out_features,
         "labels": int(labelled.sum()),
-        "label_fraction": int(labelled.sum()) / n,
+        "labelled": int(labelled.sum()) / n,
         "accuracy": accuracy,
         "old_accuracy": old,
         "new_accuracy": new,
@@ -284,7 +289,7 @@ def measure(
 
 
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
-    """Raises ValueError with the first step and loss term, or the weight, that is not finite. record: [steps, terms]."""
+    """Raises FloatingPointError with the first step and loss term, or the weight, that is not finite. record: [steps, terms]."""
     bad = (~record.isfinite()).nonzero()
     if len(bad):
         step, term = bad[0].tolist()
@@ -295,7 +300,7 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
             return
         what = f"the weight '{name}' is not finite"
     kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint yet"
-    raise ValueError(f"epoch {epoch + 1} ({stage}): {what}; {kept}. Try a lower --lr")
+    raise FloatingPointError(f"epoch {epoch + 1} ({stage}): {what}; {kept}. Try a lower --lr")
 
 
 # ---- what people see ------------------------------------------------------------------------------------------------
@@ -307,7 +312,9 @@ def announce(args: argparse.Namespace, dataset: data.Dataset, network: model.Net
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     late = dataset.classes[args.known_classes :]
     print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
-    print(f"known at first: {', '.join(dataset.classes[: args.known_classes][:12])}; late: {', '.join(late[:12]) or 'none'}")
+    print(f"old classes: {', '.join(dataset.classes[: args.known_classes][:12])}; new ones: {', '.join(late[:12]) or 'none'}")
+    if args.curriculum == "gradual" and args.epochs < 15:
+        print(f"{args.epochs} epochs are few for a curriculum: stages will run together; 15 or more let new classes arrive one by one")
     print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if bf16 else 'float32'}; writing to {out}\n")
     print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new  pruned  img/s    left")
 
@@ -336,6 +343,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
     budget = data.label_mask(leak, y, args.label_budget, range(len(names)))
     train_h, test_h = (evaluate.embed(network, x, bf16=bf16) for x in (dataset.train_x, dataset.test_x))
     taught = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
+    lost = float(np.nanmean(evaluate.forgetting(taught))) if taught else math.nan
     at_sight = [s["accuracy"] for s in state.first_sight]
     clusters = evaluate.cluster_scores(test_h, test_y)
     summary = {
@@ -346,7 +354,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "knn": evaluate.knn_accuracy(train_h, y, test_h, test_y),
         "cluster_accuracy": clusters.pop("accuracy"),
         **clusters,
-        "forgetting": float(evaluate.forgetting(taught).mean()) if taught else None,
+        "forgetting": lost if math.isfinite(lost) else None,
         "novelty_auroc": sum(state.novelty) / len(state.novelty) if state.novelty else None,
         "sparsity": last["sparsity"],
         "labels_used": last["labels"],
@@ -361,7 +369,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
     }
     if last["accuracy"] is not None:
-        guess = evaluate.embed(network, dataset.test_x, "logits", bf16=bf16).argmax(1)
+        guess = scores(network, dataset.test_x, y[budget].bincount(minlength=len(names)) > 0, bf16).argmax(1)
         pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
     for name, draw in pictures.items():
         draw(out / f"{name}.png")
@@ -438,7 +446,8 @@ def provenance() -> dict:
     commit = None
     with suppress(OSError):
         if (here / ".git").exists():
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+            git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return {"versions": versions, "commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
 
@@ -512,7 +521,7 @@ def check(args: argparse.Namespace) -> None:
     used = {term for term, weight in curriculum.stage(args.curriculum, 1, 2, 10).mix.items() if weight}
     if used <= set(args.without):
         raise ValueError(f"--without leaves '{args.curriculum}' no loss; keep at least one of {', '.join(sorted(used))}")
-    if args.label_budget == 0 and args.curriculum not in ("self", "self-known"):
+    if args.label_budget == 0 and args.curriculum in NEED_BUDGET:
         raise ValueError(f"--label-budget 0 leaves '{args.curriculum}' without labels; use more than 0, or --curriculum self")
     if args.out is not None and not args.resume:
         check_out(Path(args.out))
@@ -538,7 +547,7 @@ def check_data(args: argparse.Namespace, dataset: data.Dataset) -> None:
     if args.batch_size > len(dataset.train_y):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_y)} training images")
     few = int(count.argmin())
-    if args.curriculum not in ("self", "self-known") and args.label_budget * int(count[few]) < 0.5:
+    if args.curriculum in NEED_BUDGET and args.label_budget * int(count[few]) < 0.5:
         raise ValueError(
             f"--label-budget {args.label_budget} gives class '{dataset.classes[few]}' with its {int(count[few])} images no label; "
             f"use at least {1 / int(count[few]):.2g}"
@@ -550,7 +559,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        probe = torch.zeros(1, device=name)
+        probe = torch.zeros(1, device=name, dtype=torch.float64)
         probe.item()  # some devices only pretend
         return probe.device
     except Exception as error:
@@ -597,8 +606,11 @@ def start(args: argparse.Namespace) -> tuple:
     device = pick_device(args.device)
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
-        there, other = ("a", "digits") if device.type == "cuda" else ("no", "cifar10 --model vgg-small")
-        print(f"--dataset auto: {args.dataset}, since there is {there} GPU; the other choice: --dataset {other}")
+        if device.type == "cuda":
+            print("--dataset auto: cifar10, since there is a GPU; for a minute's run: python train.py --dataset digits")
+        else:
+            small = "--dataset cifar10 --model vgg-small --per-class 1000 --epochs 30"
+            print(f"--dataset auto: digits, since there is no GPU; for CIFAR-10: python train.py {small}")
     for name, value in DEFAULTS.get(args.dataset.partition(":")[0], {}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -656,8 +668,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--resume needs --out, the folder of the run to go on with")
         tune_machine(args.deterministic)
         ready = resume(args, argv) if args.resume else start(args)
-        return train(*ready)
     except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; {way_on(args)}", file=sys.stderr)
+        return 130
+    try:
+        return train(*ready)
+    except FloatingPointError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
