@@ -66,7 +66,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
     else:
         name = "new classes" if classes > known else "labels leak"
     mix = {
-        "ntxent": 1.0 - 0.8 * leak,
+        "ntxent": 1.0 - 0.5 * leak,
         "aggregation": (0.5 - 0.4 * leak) * ramp(progress, 0.05, 0.15),
         "propagation": leak,
         "supervised": float(leak > 0),
@@ -87,7 +87,7 @@ def self_known(progress: float, num_classes: int, known: int, budget: float, spa
 
 def semi(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """Everything at once: all classes and the whole budget from the first epoch, in a constant mix."""
-    mix = {"ntxent": 0.2, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
+    mix = {"ntxent": 0.5, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
     return Stage("semi", num_classes, num_classes, budget, mix, 0.5, cubic_sparsity(progress, sparsity))
 
 

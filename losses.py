@@ -34,20 +34,21 @@ def chunks(n: int, columns: int) -> list[slice]:
 # ---- self-supervision -----------------------------------------------------------------------------------------------
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean", index: Tensor | None = None) -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean", kind: Tensor | None = None) -> Tensor:
     """Normalised temperature-scaled cross-entropy: each view must find the other among all (SimCLR, equation 1).
 
     z1, z2: [B,D], two views of the same images, any scale. loss_i = -log softmax_j(z_i . z_j / temperature) at the other
     view, j over the 2B-1 other rows. An untrained network gives about ln(2B-1). "none" gives [2B].
-    index: int64 [B], which image each is, where an image may occur twice in the batch: it is no negative of itself.
+    kind: int64 [B]; images of the same kind are no negatives of each other: an image that occurs twice in the batch, or, once
+    there are labels, two of the same (pseudo-)label. The plain loss is kind=None.
     """
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, D)
     target = torch.arange(len(z), device=z.device).roll(len(z1))
     similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
-    if index is not None:
-        image = index.repeat(2)
-        again = (image[:, None] == image).scatter_(1, target[:, None], False)  # the positive pair stays
-        similarity = similarity.masked_fill(again, float("-inf"))
+    if kind is not None:
+        kind = kind.repeat(2)
+        same = (kind[:, None] == kind).scatter_(1, target[:, None], False)  # the positive pair stays
+        similarity = similarity.masked_fill(same, float("-inf"))
     return F.cross_entropy(similarity, target, reduction=reduction)
 
 

@@ -335,11 +335,11 @@ def test_an_image_that_occurs_twice_is_no_negative_of_itself():
         j = (i + 4) % 8
         others = [k for k in range(8) if k == j or image[k] != image[i]]
         total -= torch.log(torch.exp(z[i] @ z[j] / tau) / sum(torch.exp(z[i] @ z[k] / tau) for k in others))
-    ours = losses.nt_xent(z1, z2, tau, index=index)
+    ours = losses.nt_xent(z1, z2, tau, kind=index)
     torch.testing.assert_close(ours.double(), total / 8, atol=1e-5, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(ours, (z1, z2)), torch.autograd.grad(total / 8, (z1, z2)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(losses.nt_xent(z1, z2, tau, index=torch.arange(4)), losses.nt_xent(z1, z2, tau))
+    torch.testing.assert_close(losses.nt_xent(z1, z2, tau, kind=torch.arange(4)), losses.nt_xent(z1, z2, tau))
 
 
 def test_supervised_is_cross_entropy_over_the_active_units_and_ignores_the_rest():
@@ -790,7 +790,9 @@ def test_weights_that_are_not_finite_are_named():
     network = model.build("cnn", 3)
     train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
     network.head.weight.data[1, 2] = math.inf
-    with pytest.raises(FloatingPointError, match=r"epoch 1 \(infancy\): the weight 'head.weight' is not finite; there is no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError, match=r"epoch 1 \(infancy\): the weight 'head.weight' is not finite; there is no checkpoint yet"
+    ):
         train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
 
 

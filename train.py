@@ -203,7 +203,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             if mix["aggregation"] or mix["propagation"]:
                 found = losses.neighbours(z, index2, bank, active, background)
             if mix["ntxent"]:
-                terms["ntxent"] = losses.nt_xent(z1, z2, index=index)
+                kind = torch.where(pseudo[index] >= 0, n + pseudo[index], index)  # of the same label, or the same image
+                terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
             if mix["aggregation"]:
                 terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
             if mix["propagation"] and has_labels:
