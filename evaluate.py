@@ -157,15 +157,17 @@ def save(fig, path: str | Path) -> None:
     plt.close(fig)
 
 
-def shade_stages(ax, x: Sequence[float], names: Sequence[str]) -> None:
-    """Tint the background by stage and write the stage's name along the top."""
+def shade_stages(ax, x: Sequence[float], names: Sequence[str], named: bool) -> None:
+    """Tint the background by stage and, if `named`, write the stage's name along the top, at two heights in turn."""
     starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
     half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
     for n, i in enumerate(starts):
         left = x[i] - half
         right = x[starts[n + 1]] - half if n + 1 < len(starts) else x[-1] + half
         ax.axvspan(left, right, color=STAGE_SHADES[n % len(STAGE_SHADES)], zorder=0, linewidth=0)
-        ax.text((left + right) / 2, 1.01, names[i], transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+        if named:
+            place = ((left + right) / 2, 1.01 + 0.04 * (n % 2))
+            ax.text(*place, names[i], transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
     ax.set_xlim(x[0] - half, x[-1] + half)
 
 
@@ -198,7 +200,7 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
     for ax in axes[1:]:
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     for ax in axes:
-        shade_stages(ax, x, stages)
+        shade_stages(ax, x, stages, named=ax is axes[0])
         ax.xaxis.get_major_locator().set_params(integer=True)
     save(fig, path)
 
