@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # When things happen in the gradual curriculum, in progress 0..1.
-LEAK = (0.10, 0.40)  # labels of the named classes leak in, from none to the budget
-ARRIVAL = (0.15, 0.35)  # images of the late classes join, the first and the last of them
-NAMING = 0.07  # this much later, the first labels of a late class
+LEAK = (0.10, 0.50)  # labels of the named classes leak in, from none to the budget
+ARRIVAL = (0.25, 0.45)  # images of the late classes join, the first and the last of them
+NAMING = 0.10  # this much later, the first labels of a late class: time to notice what has no name yet
 PRUNE = (0.30, 0.85)  # weights are pruned, along a cubic
 
 
@@ -34,6 +34,7 @@ class Stage:
     mix: dict[str, float]  # weight of each loss: ntxent, aggregation, propagation, supervised
     labelled_share: float  # of each batch, drawn from the labelled images
     sparsity: float  # fraction of the prunable weights that are zero at the end of the epoch
+    discovery: bool = False  # images that no unit claims may open a unit that has no name yet
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -71,7 +72,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "propagation": leak,
         "supervised": float(leak > 0),
     }
-    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity))
+    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery=leak > 0)
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import grow_prune
 
 # Okabe & Ito's colours, which colour-blind people can tell apart, and markers so that colour is not needed.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#8B5A2B", "#999999")
@@ -105,6 +108,35 @@ def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(is_new.cpu().numpy(), score.cpu().numpy()))
+
+
+FEW = (1, 5, 20)  # labels of a new class
+
+
+@torch.no_grad()
+def first_sight(
+    head: nn.Linear, named: Tensor, first_h: Tensor, other_h: Tensor, test_h: Tensor, is_new: Tensor, right: Tensor
+) -> dict[str, float]:
+    """How a class is recognised at the moment its first 1, 5 or 20 labels come, before any gradient step, and what that costs.
+
+    head: before the class has a unit, of which `named` (bool [U]) answer; first_h [20,D]: embeddings of its images in the order
+    of their labels; other_h [L,D]: of labelled images of the other classes; test_h [T,D]: of test images of old classes and of
+    the new one (is_new: bool [T]), and which of them the head gets right so far. For a unit imprinted with heed of the others
+    ("imprint"), without ("plain") and "random": "KIND_N", the test accuracy on the class, and "KIND_N_lost", that of the old ones
+    that goes to it.
+    """
+    best = head(test_h).masked_fill(~named, float("-inf")).amax(1)
+    result = {}
+    for n in FEW:
+        for kind, options in (("imprint", [first_h[:n], other_h]), ("plain", [first_h[:n]]), ("random", None)):
+            trial = copy.deepcopy(head)
+            grow_prune.grow_head(trial, None)
+            if options:
+                grow_prune.imprint(trial, trial.out_features - 1, *options)
+            taken = trial(test_h)[:, -1] > best
+            result[f"{kind}_{n}"] = taken[is_new].float().mean().item()
+            result[f"{kind}_{n}_lost"] = (taken & right)[~is_new].float().mean().item()
+    return result
 
 
 # ---- clusters -------------------------------------------------------------------------------------------------------
@@ -202,6 +234,53 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
     for ax in axes:
         shade_stages(ax, x, stages, named=ax is axes[0])
         ax.xaxis.get_major_locator().set_params(integer=True)
+    save(fig, path)
+
+
+def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
+    """The life of the head: which unit stands for what in each epoch, and how well the late classes and the unknown are told.
+
+    rows: those of log.csv; events: those of events.csv. A hatched bar is a unit that has no name yet.
+    """
+    last = rows[-1]["epoch"]
+    first_label = next((row["epoch"] for row in rows if row["labels"]), last + 1)
+    spans = [[(first_label, c, "")] for c in range(known)]  # of each unit: (from epoch, class or None, what happened)
+    for event in events:
+        if event["unit"] is not None:
+            spans += [[] for _ in range(event["unit"] + 1 - len(spans))]
+            owner = {"opened": None, "released": -1}.get(event["event"], -2)
+            owner = classes.index(event["name"]) if owner == -2 else owner
+            spans[event["unit"]].append((event["epoch"], owner, event))
+    fig, axes = figure(9, 3.6 + 0.27 * len(spans), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(spans), 2.6))
+    for unit, life in enumerate(spans):
+        for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
+            if owner == -1 or end <= start:
+                continue
+            look = (
+                dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
+            )
+            axes[0].barh(unit, end - start, left=start - 0.5, height=0.7, **look)
+            text = classes[owner] if owner is not None else f"? ({100 * event['purity']:.0f} % {event['name']})"
+            box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
+            axes[0].text(start - 0.2, unit, text, va="center", ha="left", fontsize=8, bbox=box)
+    for event in (e for e in events if e["event"] == "arrived"):
+        axes[0].axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
+        axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['name']}\narrives", ha="center", va="bottom", fontsize=8)
+    axes[0].set(ylabel="unit", yticks=range(len(spans)), ylim=(-0.6, len(spans) - 0.4))
+    x = [row["epoch"] for row in rows]
+    arrival = {e["name"]: e["epoch"] for e in events if e["event"] == "arrived"}
+    for c in range(known, min(len(classes), known + 6)):
+        y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], last) else None for row in rows]
+        style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)
+        axes[1].plot(x, [np.nan if v is None else v for v in y], label=f"accuracy, {classes[c]}", **style)
+    for key, label, style in (
+        ("open_accuracy", "accuracy, unknown being an answer", dict(color="black", linewidth=2)),
+        ("novelty_auroc", "AUROC, nameless against named", dict(color="#777777", linestyle="--")),
+    ):
+        axes[1].plot(x, [np.nan if row[key] is None else row[key] for row in rows], label=label, **style)
+    axes[1].set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
     save(fig, path)
 
 

@@ -1,17 +1,32 @@
-"""An output layer that grows with the classes, and a network whose smallest weights are pruned on the way.
+"""A head that discovers, names, remembers and recycles, and a network whose smallest weights are pruned while it grows.
 
-    grow_head(network.head, optimizer)                  # one more unit; the old ones do not notice
-    imprint(network.head, unit, h)                      # give it the mean direction of its first images
-    masks = prune_smallest(network.encoder, 0.8)        # zero the smallest 80 % of the weights
-    apply_masks(network.encoder, masks)                 # after every optimizer step: momentum revives what was pruned once
+    unclaimed = claim(h, pool_h, named) < threshold(pool_h, named)     # no names around an image
+    monitor.look(index, unclaimed, h, known_h, known_y)                # time and again, and alike: a concept
+    unit, how = units.take(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
+    imprint(head, unit, h, others)                      # it points at them, without talking over the old ones
+    units.owner[unit] = 7                               # the first labels give it a name
+
+    grow_head(head, optimizer)                          # one more unit; the old ones do not notice
+    masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
+    masks |= prune_filters(encoder, 0.3)                # and whole filters
+    apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
+    small = compact(encoder)                            # the dead filters really removed
 
 Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Zhu & Gupta 2017, "To Prune,
-or Not to Prune" (arXiv 1710.01878).
+or Not to Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710); Dohare et al.
+2024, "Loss of plasticity in deep continual learning" (Nature 632), for the utility of a unit.
 """
+
+import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+UNNAMED, FREE = -1, -2  # owners of a unit that has no class: a concept without a name; nobody
+
+# ---- growing --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -20,8 +35,8 @@ def grow_head(head: nn.Linear, optimizer: torch.optim.Optimizer | None, count: i
 
     The larger parameter takes the place of the old one in the same parameter group, and the old rows keep their values
     and their optimizer state (momentum, second moments), so that their next update is what it would have been. A new row
-    has a random direction, the mean length of the old rows, and a state of zeros. Raises ValueError for count < 1, and for
-    an optimizer whose state is not one value a weight (Adafactor, LBFGS).
+    has a random direction, the mean length of the old rows, no bias, and a state of zeros. Raises ValueError for count < 1,
+    and for an optimizer whose state is not one value a weight (Adafactor, LBFGS).
     """
     if count < 1:
         raise ValueError(f"a head grows by at least one unit, not {count}")
@@ -54,15 +69,192 @@ def swap_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -
 
 
 @torch.no_grad()
-def imprint(head: nn.Linear, unit: int, h: Tensor) -> None:
+def recycle_unit(head: nn.Linear, optimizer: torch.optim.Optimizer | None, unit: int, masks: dict[str, Tensor] | None = None) -> None:
+    """Make a unit forget: a random direction of the mean length of the other rows, no bias, an optimizer state of zeros.
+
+    masks: of the pruned weights of the head, if it has any, by parameter name; the unit's row is whole again. Raises IndexError
+    for a unit that is not there.
+    """
+    if not 0 <= unit < head.out_features:
+        raise IndexError(f"no unit {unit} in a head of {head.out_features}")
+    for name, parameter in head.named_parameters(recurse=False):
+        fresh = torch.zeros_like(parameter[unit])
+        if parameter.ndim > 1:
+            others = torch.arange(len(parameter), device=parameter.device) != unit
+            length = parameter[others].norm(dim=1).mean() if others.any() else 1.0
+            fresh = F.normalize(torch.randn_like(fresh), dim=0) * length
+        parameter[unit] = fresh
+        if optimizer is not None:
+            for value in optimizer.state.get(parameter, {}).values():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    value[unit] = 0
+        if masks and name in masks:
+            masks[name][unit] = True
+
+
+@torch.no_grad()
+def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.02) -> None:
     """Point a unit at the mean direction of embeddings h [n,D] of its class, so that it can be predicted at once.
 
-    The row becomes normalize(mean(normalize(h))), with the mean length of the other rows. Its optimizer state is left alone.
+    The row becomes normalize(mean(normalize(h))), with the mean length of the other rows. others [m,D]: embeddings of images of
+    other classes; the unit's bias is lowered until it wins no more than the share `tolerance` of them from the other units, for
+    a mean of few images lies close to everything. The optimizer state is left alone.
     """
     direction = F.normalize(F.normalize(h.float(), dim=1).mean(0), dim=0)
-    others = torch.arange(len(head.weight), device=head.weight.device) != unit
-    length = head.weight[others].norm(dim=1).mean() if others.any() else 1.0
+    rest = torch.arange(len(head.weight), device=head.weight.device) != unit
+    length = head.weight[rest].norm(dim=1).mean() if rest.any() else 1.0
     head.weight[unit] = (direction * length).to(head.weight.dtype)
+    if head.bias is None:
+        return
+    head.bias[unit] = 0
+    if others is not None and len(others) and rest.any():
+        logits = head(others).float()
+        margin = logits[:, unit] - logits[:, rest].amax(1)
+        head.bias[unit] = -margin.quantile(1 - tolerance).clamp(min=0)
+
+
+# ---- owners ---------------------------------------------------------------------------------------------------------
+
+
+class Units:
+    """What each unit of a head stands for: a class, a concept that has no name yet, or nothing.
+
+    owner: the class of each unit, or UNNAMED, or FREE
+    utility [U]: running mean (0.99) of the probability that a unit was given, over the training images
+    age: epochs since each unit got its owner; below `mature` (3) a unit cannot be redundant
+    """
+
+    def __init__(self, owner: Sequence[int], mature: int = 3, device: torch.device | str = "cpu"):
+        self.owner, self.age, self.mature = list(owner), [mature] * len(owner), mature
+        self.utility = torch.full((len(self.owner),), 1 / max(len(self.owner), 1), device=device)
+
+    def of_classes(self, num_classes: int) -> Tensor:
+        """The unit of each class, -1 for a class that has none: int64 [num_classes]."""
+        place = {c: unit for unit, c in enumerate(self.owner)}
+        return torch.tensor([place.get(c, -1) for c in range(num_classes)], device=self.utility.device)
+
+    def in_use(self, taught: Tensor) -> Tensor:
+        """Which units speak: those of classes that have a label (taught: bool [C]), and the unnamed ones. bool [U]."""
+        taught = taught.tolist()
+        return torch.tensor([c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner], device=self.utility.device)
+
+    def observe(self, p: Tensor) -> None:
+        """Update the utilities with probabilities p [B,U] of a batch."""
+        self.utility.lerp_(p.detach().mean(0), 0.01)
+
+    def redundant(self) -> int | None:
+        """A unit that may be used again: nobody's, else a mature unnamed one that is hardly ever chosen. Never one with a class."""
+        if FREE in self.owner:
+            return self.owner.index(FREE)
+        idle = [u for u, c in enumerate(self.owner) if c == UNNAMED and self.age[u] >= self.mature]
+        least = min(idle, key=lambda u: float(self.utility[u]), default=None)
+        return least if least is not None and self.utility[least] < 0.1 / len(self.owner) else None
+
+    def take(self, head: nn.Linear, optimizer: torch.optim.Optimizer | None, owner: int) -> tuple[int, str]:
+        """A unit for `owner`, "recycled" if there is a redundant one, else "grown". Changes the head in place."""
+        unit = self.redundant()
+        if unit is None:
+            unit, how = head.out_features, "grown"
+            grow_head(head, optimizer)
+            self.owner.append(owner)
+            self.age.append(0)
+            self.utility = torch.cat([self.utility, self.utility.new_zeros(1)])
+        else:
+            how = "recycled"
+            recycle_unit(head, optimizer, unit)
+            self.owner[unit], self.age[unit] = owner, 0
+        self.utility[unit] = 1 / len(self.owner)
+        return unit, how
+
+
+# ---- confusion ------------------------------------------------------------------------------------------------------
+
+
+class ConfusionMonitor:
+    """Finds a concept that has no unit yet: images that no unit claims, look after look, and that resemble each other.
+
+    What claims an image are the names around it (`claim`): labels leak at random, so that the neighbourhood of a named kind holds
+    them at a known rate, and that of a kind which nobody names holds hardly any, however sure the softmax is. What is too few
+    follows from the known classes themselves (`threshold`).
+
+    n: images in all; at_least: images that make a concept, a share of those looked at (0.02) and never fewer than 20; patience:
+    looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in which nothing else is opened (2);
+    chance: largest probability that labels which leak at random avoid the concept so well (0.01)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        at_least: float = 0.02,
+        patience: int = 2,
+        cooldown: int = 2,
+        chance: float = 0.01,
+        device: torch.device | str = "cpu",
+    ):
+        self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks in a row in which nobody claimed the image
+        self.concept = torch.full((n,), -1, device=device)  # the unit that an image helped to open
+        self.rest = 0  # looks to wait
+
+    def look(self, index: Tensor, unclaimed: Tensor, h: Tensor, known_h: Tensor, known_y: Tensor) -> Tensor | None:
+        """Which of the images `index` int64 [W] are a concept without a unit; None if there is none. Call it once an epoch.
+
+        unclaimed: bool [W]; h [W,D]: their embeddings; known_h [L,D], known_y [L]: of labelled images, whose resemblance to their
+        own class says what resembling means. Around a concept there are at most two thirds of the labels that a named one would
+        have, and too few by more than chance. Returns places in `index`.
+        """
+        at_least = max(20, round(self.at_least * len(index)))
+        self.streak[index] = torch.where(unclaimed, self.streak[index] + 1, 0)
+        self.rest = max(0, self.rest - 1)
+        again = (self.streak[index] >= self.patience).nonzero()[:, 0]
+        if self.rest or len(again) < at_least:
+            return None
+        unit, known, reach = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1), resemblance(known_h, known_y)
+        alike = unit[again] @ unit[again].T > reach**2  # as two images are that lie at `reach` from one centre, in directions of their own
+        centre = F.normalize(unit[again][alike[alike.sum(1).argmax()]].mean(0), dim=0)
+        near = unit @ centre > reach
+        group, found = again[near[again]], (known @ centre > reach).sum()
+        expected = (near.sum() + found) * len(known) / (len(unit) + len(known))
+        by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: at most `found` where `expected` are due
+        if len(group) < at_least or found > 2 / 3 * expected or by_chance > self.chance:
+            return None
+        self.rest = self.cooldown + 1
+        return group
+
+
+def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.15) -> Tensor:
+    """How far the names around an image claim it: float32 [n], near 0 where there are none, about 1 amid a class that has a name.
+
+    h [n,D]: embeddings; pool_h [M,D]: of images to compare with, of which `named` (bool [M]) have a label. It is the density of
+    named images over the density of all images, both by the kernel exp(cosine / temperature), relative to the share of named ones.
+    """
+    pool_h, claims = F.normalize(pool_h.float(), dim=1), []
+    for part in h.split(1000):
+        weight = ((F.normalize(part.float(), dim=1) @ pool_h.T - 1) / temperature).exp()  # (1000, M)
+        claims.append(weight @ named.float() / weight.sum(1))
+    return torch.cat(claims) / named.float().mean()
+
+
+def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.15) -> float:
+    """The claim below which an image is unknown: that of the share `reject` of the named images, each without its own label.
+
+    pool_h [M,D], named bool [M]: as in `claim`. About that share of all images of the known classes will be taken for unknown.
+    """
+    share, count = named.float().mean(), named.sum()
+    own = F.normalize(pool_h[named].float(), dim=1)
+    total = torch.cat([((part @ F.normalize(pool_h.float(), dim=1).T - 1) / temperature).exp().sum(1) for part in own.split(1000)])
+    claims = claim(pool_h[named], pool_h, named, temperature) * share  # of the weight of all, itself (1) included
+    return float(((claims * total - 1) / (total - 1) / share).quantile(reject)) if count > 1 else float("-inf")
+
+
+def resemblance(h: Tensor, y: Tensor) -> float:
+    """The cosine to the mean of their class that three quarters of the embeddings h [L,D] of classes y [L] reach."""
+    unit = F.normalize(h.float(), dim=1)
+    mean = torch.zeros(int(y.max()) + 1, unit.shape[1], device=h.device).index_add_(0, y, unit)
+    return float((unit * F.normalize(mean, dim=1)[y]).sum(1).quantile(0.25))
+
+
+# ---- pruning --------------------------------------------------------------------------------------------------------
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
@@ -79,6 +271,15 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def smallest(size: Tensor, share: float) -> Tensor:
+    """Which of the values [n] belong to the smallest round(share n): bool [n]. Raises ValueError for a share outside 0..1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"sparsity must be in 0..1, not {share}")
+    chosen = torch.zeros(len(size), dtype=torch.bool, device=size.device)
+    chosen[size.topk(round(share * len(size)), largest=False, sorted=False).indices] = True
+    return chosen
+
+
 @torch.no_grad()
 def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude, over all layers together.
@@ -86,16 +287,40 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     Returns masks {parameter name: bool, True = kept} for `apply_masks`. Weights that are zero already are the first to
     go, so a rising sparsity only ever adds to what is pruned. Raises ValueError outside 0..1.
     """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be in 0..1, not {sparsity}")
     weights = prunable(model)
-    if not weights:
-        return {}
-    size = torch.cat([w.abs().flatten() for w in weights.values()])
-    kept = torch.ones(len(size), dtype=torch.bool, device=size.device)
-    kept[size.topk(round(sparsity * len(size)), largest=False, sorted=False).indices] = False
-    parts = kept.split([w.numel() for w in weights.values()])
-    masks = {name: part.view_as(w) for (name, w), part in zip(weights.items(), parts, strict=True)}
+    gone = smallest(torch.cat([w.abs().flatten() for w in weights.values()]) if weights else torch.zeros(0), sparsity)
+    parts = gone.split([w.numel() for w in weights.values()]) if weights else ()
+    masks = {name: ~part.view_as(w) for (name, w), part in zip(weights.items(), parts, strict=True)}
+    apply_masks(model, masks)
+    return masks
+
+
+def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """The convolutions of a chain conv, norm, ReLU, ..., each with its batch norm, by name; not the last, whose filters are the output."""
+    if not isinstance(model, nn.Sequential):
+        raise ValueError("whole filters can be pruned in a plain chain of layers only (cnn, vgg-small, vgg11, vgg16)")
+    names = [name for name, module in model.named_children() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+    return list(zip(names[::2], names[1::2], strict=True))[:-1]
+
+
+@torch.no_grad()
+def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
+    """Zero the fraction `share` (0..1) of the filters of a chain of convolutions with the smallest norm, with their batch norm.
+
+    Norms are compared over all layers together, each relative to the mean of its layer, whose largest filter always stays. A dead
+    filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `compact` can remove it. Returns
+    masks for `apply_masks`. Raises ValueError outside 0..1 and for a model that is not a chain.
+    """
+    layers = filter_layers(model)
+    norms = [model.get_submodule(conv).weight.flatten(1).norm(dim=1) for conv, _ in layers]
+    relative = [norm / norm.mean().clamp(min=1e-12) for norm in norms]
+    gone = smallest(torch.cat(relative) if relative else torch.zeros(0), share).split([len(norm) for norm in norms]) if layers else ()
+    masks = {}
+    for (conv, norm), size, dead in zip(layers, norms, gone, strict=True):
+        kept = ~dead
+        kept[size.argmax()] = True
+        masks[f"{conv}.weight"] = kept.view(-1, 1, 1, 1).expand_as(model.get_submodule(conv).weight)
+        masks[f"{norm}.weight"] = masks[f"{norm}.bias"] = kept
     apply_masks(model, masks)
     return masks
 
@@ -111,3 +336,26 @@ def sparsity_of(model: nn.Module) -> float:
     """The fraction of the prunable weights that is exactly zero, 0..1."""
     weights = prunable(model).values()
     return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
+
+
+@torch.no_grad()
+def compact(model: nn.Sequential) -> nn.Sequential:
+    """A copy of a chain of convolutions without its dead filters: the same outputs in eval mode, fewer multiplications.
+
+    A filter is dead whose batch norm has neither scale nor shift left. Raises ValueError for a model that is not a chain.
+    """
+    small, alive = copy.deepcopy(model), torch.ones(3, dtype=torch.bool)
+    for conv_name, norm_name in [*filter_layers(model), (None, None)]:
+        if conv_name is None:  # the last convolution keeps its filters and loses inputs
+            conv, norm, out = [m for m in small if isinstance(m, nn.Conv2d)][-1], None, slice(None)
+        else:
+            conv, norm = small.get_submodule(conv_name), small.get_submodule(norm_name)
+            out = (norm.weight != 0) | (norm.bias != 0)
+        conv.weight = nn.Parameter(conv.weight[out][:, alive.to(conv.weight.device)].contiguous(memory_format=torch.channels_last))
+        conv.out_channels, conv.in_channels = conv.weight.shape[:2]
+        if norm is not None:
+            norm.num_features = conv.out_channels
+            norm.weight, norm.bias = nn.Parameter(norm.weight[out]), nn.Parameter(norm.bias[out])
+            norm.running_mean, norm.running_var = norm.running_mean[out], norm.running_var[out]
+            alive = out
+    return small

@@ -43,19 +43,20 @@ class VGG(nn.Sequential):
 
 
 class CosineHead(nn.Linear):
-    """Scaled cosine between an embedding and one direction per class: [B,D] -> [B,C], computed in float32.
+    """Scaled cosine between an embedding and one direction per class, plus a bias: [B,D] -> [B,C], computed in float32.
 
-    A new class needs nothing but a direction, so its row can be imprinted (Qi, Brown & Lowe 2018, arXiv 1712.07136).
-    scale: inverse temperature of the softmax over the cosines (16).
+    A new class needs nothing but a direction, so its row can be imprinted (Qi, Brown & Lowe 2018, arXiv 1712.07136); the bias,
+    zero at first, says how readily the unit speaks up. scale: inverse temperature of the softmax over the cosines (16).
     """
 
     def __init__(self, dim: int, num_classes: int, scale: float = 16.0):
-        super().__init__(dim, num_classes, bias=False)
+        super().__init__(dim, num_classes)
         self.scale = scale
+        nn.init.zeros_(self.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
-            return self.scale * F.linear(F.normalize(h.float(), dim=1), F.normalize(self.weight, dim=1))
+            return self.scale * F.linear(F.normalize(h.float(), dim=1), F.normalize(self.weight, dim=1)) + self.bias
 
 
 class Network(nn.Module):
@@ -78,6 +79,14 @@ class Network(nn.Module):
         """Images float [B,3,H,W] in 0..1 -> h [B,dim], z [B,projection] (unit rows), logits [B,C]; z and logits float32."""
         h = self.embed(x)
         return h, F.normalize(self.projector(h).float(), dim=1), self.head(h)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) network: its weights and running statistics (mean teacher, arXiv 1703.01780)."""
+    for slow, fast in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if slow.is_floating_point():
+            slow.lerp_(fast, 1 - decay)
 
 
 def build(

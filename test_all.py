@@ -765,7 +765,7 @@ def test_a_run_that_diverges_is_interrupted_and_fills_the_disk_ends_as_if_nothin
             not_a_number,
             2,
             3,
-            "epoch 4 (maturity): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
+            "epoch 4 (new classes): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
         ),
         (on, train, "write_checkpoint", ctrl_c, 130, 5, f"go on with: python train.py --resume --out {out}"),
         (on, train, "write_checkpoint", full, 2, 6, f"No space left on device; go on with: python train.py --resume --out {out}"),

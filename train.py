@@ -6,6 +6,7 @@ prune -> evaluate -> log -> checkpoint. What it calls is in the other modules, e
 """
 
 import argparse
+import copy
 import csv
 import ctypes
 import importlib.util
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +47,12 @@ DEFAULTS = {
     "cifar100": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "folder": dict(model="vgg-small", epochs=50, batch_size=128, lr=0.06),
 }
+WATCHED = 3000  # images that are asked every epoch whether any unit claims them
+EVENT = ("epoch", "event", "unit", "name", "images", "similarity", "purity", "evidence")  # the columns of events.csv
+NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
-VERSION = 1  # of the checkpoint; raise it when its contents change
+VERSION = 2  # of the checkpoint; raise it when its contents change
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -58,27 +63,64 @@ class State:
     """All that a run changes, and so all that a checkpoint holds."""
 
     network: model.Network
+    average: model.Network  # running mean of the network over about an epoch: it answers, is measured and is kept
     optimizer: torch.optim.Optimizer
     bank: losses.MemoryBank
+    units: grow_prune.Units
+    monitor: grow_prune.ConfusionMonitor
     masks: dict[str, Tensor] = field(default_factory=dict)  # of the pruned weights
     rows: list[dict] = field(default_factory=list)  # of log.csv
-    first_sight: list[dict] = field(default_factory=list)  # accuracy on each late class when its first labels came
-    novelty: list[float] = field(default_factory=list)  # AUROC of each late class when its images came
+    events: list[dict] = field(default_factory=list)  # of events.csv
+    first_sight: list[dict] = field(default_factory=list)  # how each late class was recognised when its first labels came
+
+    PARTS = ("masks", "rows", "events", "first_sight")
 
     def pack(self, args: argparse.Namespace) -> dict:
         """Plain values and tensors."""
-        plain = {name: getattr(self, name) for name in ("masks", "rows", "first_sight", "novelty")}
-        tensors = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "bank": self.bank.rows}
-        return {"version": VERSION, "args": vars(args), **plain, **tensors}
+        state = {name: getattr(self, name) for name in self.PARTS}
+        state |= {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
+        return state | {
+            "version": VERSION,
+            "args": vars(args),
+            "bank": self.bank.rows,
+            "units": vars(self.units),
+            "monitor": vars(self.monitor),
+        }
 
     def unpack(self, checkpoint: dict) -> None:
         """The reverse, on to this state's device."""
         device = self.bank.rows.device
-        self.network.load_state_dict(checkpoint["network"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for name in ("network", "average", "optimizer"):
+            getattr(self, name).load_state_dict(checkpoint[name])
         self.bank.rows = checkpoint["bank"].to(device)
-        self.masks = {name: mask.to(device) for name, mask in checkpoint["masks"].items()}
-        self.rows, self.first_sight, self.novelty = (checkpoint[name] for name in ("rows", "first_sight", "novelty"))
+        for name in ("units", "monitor"):
+            parts = checkpoint[name].items()
+            vars(getattr(self, name)).update({k: v.to(device) if torch.is_tensor(v) else v for k, v in parts})
+        for name in self.PARTS:
+            setattr(self, name, checkpoint[name])
+        self.masks = {name: mask.to(device) for name, mask in self.masks.items()}
+
+    def tell(self, event: str, **evidence) -> None:
+        """Note an event of the head's life in this epoch."""
+        self.events.append(dict.fromkeys(EVENT) | {"epoch": len(self.rows) + 1, "event": event} | evidence)
+
+
+@dataclass
+class Pool:
+    """What is there to learn from in an epoch: bool masks over the images [N] and the classes [C]."""
+
+    active: Tensor
+    labelled: Tensor
+    taught: Tensor  # the classes that have a label
+
+
+def pool(stage: curriculum.Stage, y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> Pool:
+    """The images of a stage. replay: of classes that came before the latest late one, only so many exemplars remain."""
+    active = y < stage.classes
+    if replay is not None and stage.classes > known:
+        active &= (y == stage.classes - 1) | (leak < replay)
+    labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named)) & active
+    return Pool(active, labelled, y[labelled].bincount(minlength=classes) > 0)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -93,15 +135,15 @@ def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
 
 
-def one_hot(y: Tensor, known: Tensor, units: int) -> Tensor:
-    """Targets [B,units] for classes y [B]; a row of zeros where not known (bool [B])."""
-    return F.one_hot(torch.where(known, y, 0), units) * known[:, None]
+def one_hot(units: Tensor, count: int) -> Tensor:
+    """Targets [B,count] for units [B]; a row of zeros where there is none (-1)."""
+    return F.one_hot(units.clamp(min=0), count) * (units >= 0)[:, None]
 
 
-def scores(network: model.Network, x: Tensor, taught: Tensor, bf16: bool) -> Tensor:
-    """Probability [N,C] of each unit among those whose class has had a label (taught: bool, one a class)."""
-    logits = evaluate.embed(network, x, "logits", bf16=bf16)
-    return logits.masked_fill(~taught[: logits.shape[1]], float("-inf")).softmax(1)
+def average_of(values: Iterable[float]) -> float | None:
+    """The mean; None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def share(right: Tensor, among: Tensor) -> float | None:
@@ -109,11 +151,30 @@ def share(right: Tensor, among: Tensor) -> float | None:
     return right[among].float().mean().item() if among.any() else None
 
 
+def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit [N] and the class [N] that the head prefers for embeddings h [N,D]: among all in use, and among those with a name."""
+    owner = torch.tensor(state.units.owner, device=h.device)
+    logits = state.average.head(h).detach().masked_fill(~state.units.in_use(taught), float("-inf"))
+    return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
+
+
+def surroundings(state: State, dataset: data.Dataset, now: Pool, labelled: Tensor, seed: int, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What an image is compared with to see whether anybody claims it: indices int64 [M], embeddings [M,D], which are labelled [M].
+
+    The same random images every epoch, and all that are `labelled` (bool [N]).
+    """
+    watched = torch.rand(len(labelled), generator=torch.Generator().manual_seed(seed)).argsort()[:WATCHED].to(labelled.device)
+    chosen = labelled.clone()
+    chosen[watched] = True
+    index = (chosen & now.active).nonzero()[:, 0]
+    return index, evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), labelled[index]
+
+
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
     """The loop: `dataset` on `device`, into the folder `out`, from `checkpoint` if there is one. Returns the exit status 0."""
     bf16 = has_bf16(device)
     dataset = dataset.to(device)
-    images, y, test_x, test_y = dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y
+    images, y = dataset.train_x, dataset.train_y
     n, classes, known = len(y), len(dataset.classes), args.known_classes
     leak = data.leak_order(y, args.seed)
     stages = [curriculum.stage(args.curriculum, e, args.epochs, classes, known, args.label_budget, args.prune) for e in range(args.epochs)]
@@ -123,7 +184,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     network = model.build(args.model, units, mean=dataset.mean, std=dataset.std).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(parameter_groups(network), lr=args.lr, momentum=0.9, nesterov=True)
     bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
-    state = State(network, optimizer, bank)
+    monitor = grow_prune.ConfusionMonitor(n, device=device)
+    state = State(network, copy.deepcopy(network), optimizer, bank, grow_prune.Units(range(units), device=device), monitor)
     if checkpoint:
         state.unpack(checkpoint)
     if (out / "summary.json").exists():
@@ -138,57 +200,41 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     per_cluster = 42  # images in a cluster, as in the paper
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
-        stage, before = stages[epoch], stages[epoch - 1] if epoch else None
+        stage = stages[epoch]
         mix = {term: 0.0 if term in args.without else weight for term, weight in stage.mix.items()}
         # Each epoch has its own seed, so that a resumed run draws what an uninterrupted one would.
         seed = (args.seed << 20) + epoch
         torch.manual_seed(seed)
         draws, generator = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
-        active = y < stage.classes
-        labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named))
-        taught = y[labelled].bincount(minlength=classes) > 0  # the classes that have a label
-        has_labels = bool(taught.any())
-        met, was_taught = 0, torch.zeros_like(taught)
-        if before:
-            met = before.classes
-            was_taught = y[data.label_mask(leak, y, before.label_fraction, range(before.named))].bincount(minlength=classes) > 0
+        now, before = (pool(s, y, leak, classes, known, args.replay) for s in (stage, stages[epoch - 1] if epoch else NOTHING))
+        welcome(state, dataset, now, before, bf16)  # new images join the memory
+        seeds = torch.full_like(y, -1)  # the unit that an image speaks for
+        if stage.discovery and "discovery" not in args.without:
+            seeds = discover(state, dataset, now, before, args, bf16)  # what nobody claims may open a unit
+        if epoch:
+            name_classes(state, dataset, now, before, args, leak, bf16)  # the first labels of a class give it a unit
+        unit_of = state.units.of_classes(classes)
+        seeds[now.labelled] = unit_of[y[now.labelled]]
 
-        # Newcomers: their images join the pool, and the memory bank, before anything is learned from them.
-        if stage.classes > met:
-            new = ((y >= met) & active).nonzero()[:, 0]
-            bank.update(new, evaluate.embed(network, images[new], "z", bf16=bf16), momentum=0)
-            if was_taught.any():
-                surprise = -scores(network, test_x, was_taught, bf16).amax(1)
-                is_new = (test_y >= met) & (test_y < stage.classes)
-                compared = is_new | was_taught[test_y]
-                state.novelty.append(evaluate.novelty_auroc(surprise[compared], is_new[compared]))
-
-        # Names: the first labels of a class give it a unit that points at them, before any gradient step.
-        if stage.named > network.head.out_features:
-            grow_prune.grow_head(network.head, optimizer, stage.named - network.head.out_features)
-        fresh = (taught & ~was_taught).nonzero()[:, 0].tolist() if epoch else []
-        for c in fresh:
-            grow_prune.imprint(network.head, c, evaluate.embed(network, images[labelled & (y == c)], bf16=bf16))
-        for c in (c for c in fresh if c >= known):
-            right = scores(network, test_x[test_y == c], taught, bf16).argmax(1) == c
-            seen = {"class": dataset.classes[c], "labels": int((labelled & (y == c)).sum()), "accuracy": right.float().mean().item()}
-            state.first_sight.append(seen)
-
-        # Neighbours: this epoch's clusters, and what the labelled neighbours say about the rest.
-        pool = active.nonzero()[:, 0]
+        # Neighbours: this epoch's clusters, and what the images that speak for a unit say about the rest.
+        members = now.active.nonzero()[:, 0]
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
-            clusters = losses.clusterings(bank.rows, active, max(2, round(len(pool) / per_cluster)), generator=generator)
-        if mix["propagation"] and has_labels:
-            pseudo[pool], confidence[pool] = losses.propagate_labels(
-                bank.rows[pool], y[pool], labelled[pool], k=50, temperature=0.1, balance=True
+            clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
+        if mix["propagation"]:
+            spoken = seeds[members]
+            pseudo[members], confidence[members] = losses.propagate_labels(
+                bank.rows[members], spoken, spoken >= 0, k=50, temperature=0.1, balance=True
             )
+            unknown = pseudo >= len(state.units.owner)  # what looks like nothing that is known teaches no name
+            pseudo[unknown], confidence[unknown] = -1, 0.0
 
         network.train()
-        in_use = taught[: network.head.out_features]
+        in_use = state.units.in_use(now.taught)
+        has_labels = bool(now.taught.any())
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
-        order = data.batches(active, labelled, args.batch_size, steps, stage.labelled_share, draws)
+        order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
@@ -201,43 +247,183 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
 
             terms, found = {}, None
             if mix["aggregation"] or mix["propagation"]:
-                found = losses.neighbours(z, index2, bank, active, background)
+                found = losses.neighbours(z, index2, bank, now.active, background)
             if mix["ntxent"]:
                 kind = torch.where(pseudo[index] >= 0, n + pseudo[index], index)  # of the same label, or the same image
                 terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
             if mix["aggregation"]:
                 terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
             if mix["propagation"] and has_labels:
-                onehot = one_hot(pseudo[index2], pseudo[index2] >= 0, len(in_use))
+                onehot = one_hot(pseudo[index2], len(in_use))
                 terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
             if mix["supervised"] and has_labels:
-                terms["supervised"] = losses.supervised(logits, one_hot(y[index2], labelled[index2], len(in_use)), in_use)
+                onehot = one_hot(torch.where(now.labelled[index2], seeds[index2], -1), len(in_use))
+                terms["supervised"] = losses.supervised(logits, onehot, in_use)
 
             if terms:
                 optimizer.zero_grad()
                 sum(mix[term] * loss for term, loss in terms.items()).backward()
                 optimizer.step()
                 grow_prune.apply_masks(network.encoder, state.masks)
+                model.follow(state.average, network, 1 - 1 / steps)
             bank.update(index, z1.detach() + z2.detach())
+            if has_labels:
+                state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
             for term, loss in terms.items():
                 record[step, TERMS.index(term)] = loss.detach()
         stop_if_not_finite(record, network, epoch, stage.name)
 
-        if stage.sparsity > 0:
-            state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
+        filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
+        state.masks = prune(network.encoder, stage.sparsity, filters)
+        grow_prune.apply_masks(state.average.encoder, state.masks)
         trained = time.perf_counter()
 
-        row = measure(args, dataset, state, stage, active, labelled, pseudo, confidence, bf16)
+        row = measure(args, dataset, state, stage, now, pseudo, confidence, bf16)
         row |= {f"loss_{t}": loss if t in terms else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
         write_checkpoint(out / "checkpoint.pt", state.pack(args))
-        write_log(out / "log.csv", state.rows)
-        print(progress_line(row, args.epochs, state.rows), flush=True)
+        write_tables(out, state)
+        happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
+        print("\n".join([progress_line(row, args.epochs, state.rows), *happened]), flush=True)
 
-    write_log(out / "log.csv", state.rows)  # a run stopped between its last checkpoint and here has none of that epoch yet
+    write_tables(out, state)  # a run stopped between its last checkpoint and here has none of that epoch yet
     finish(args, dataset, state, leak, stages, bf16, out)
     return 0
+
+
+def prune(encoder: torch.nn.Module, sparsity: float, filters: float) -> dict[str, Tensor]:
+    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks."""
+    masks = grow_prune.prune_filters(encoder, filters) if filters else {}
+    small = grow_prune.prune_smallest(encoder, sparsity) if sparsity else {}
+    return masks | {key: mask & masks[key] if key in masks else mask for key, mask in small.items()}
+
+
+# ---- the life of the head -------------------------------------------------------------------------------------------
+
+
+def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, bf16: bool) -> None:
+    """New images join the memory bank before anything is learned from them."""
+    new = now.active & ~before.active
+    if new.any():
+        state.bank.update(new.nonzero()[:, 0], evaluate.embed(state.average, dataset.train_x[new], "z", bf16=bf16), momentum=0)
+    for c in dataset.train_y[new].unique().tolist() if before.active.any() else []:
+        state.tell("arrived", name=dataset.classes[c], images=int((new & (dataset.train_y == c)).sum()))
+
+
+def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, bf16: bool) -> Tensor:
+    """Concept before name: images that no unit claims, epoch after epoch, and that resemble each other, get an unnamed unit.
+
+    Returns the unnamed unit that an image speaks for, or the number of units where it says that it is unknown, -1 where it says
+    nothing: int64 [N].
+    """
+    units, monitor, y = state.units, state.monitor, dataset.train_y
+    seeds = torch.full_like(y, -1)
+    if not before.labelled.any():
+        return seeds
+    index, h, named = surroundings(state, dataset, now, before.labelled, args.seed, bf16)
+    watch = ~now.labelled[index]
+    watched, watched_h, unit = index[watch], h[watch], said(state, h[watch], before.taught)[0]
+    unclaimed = grow_prune.claim(watched_h, h, named) < grow_prune.threshold(h, named)
+
+    units.age = [age + 1 for age in units.age]
+    speaks = torch.full_like(watched, -1)  # the unnamed unit of an image: what it looks like, or what it helped to open
+    for u in (u for u, owner in enumerate(units.owner) if owner == grow_prune.UNNAMED):
+        mine = (unit == u) | (unclaimed & (monitor.concept[watched] == u))
+        if units.age[u] >= units.mature and mine.sum() < 20:
+            units.owner[u] = grow_prune.FREE
+            state.tell("released", unit=u, images=int(mine.sum()))
+        else:
+            speaks[mine] = u
+    group = monitor.look(watched, unclaimed & (speaks < 0), watched_h, h[named], y[index[named]])
+    if group is not None:
+        new, how = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
+        speaks[group] = monitor.concept[watched[group]] = new
+        kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
+        alike = F.normalize(watched_h[group], dim=1)
+        state.tell(
+            "opened",
+            unit=new,
+            name=dataset.classes[int(kinds.argmax())],
+            images=len(group),
+            similarity=float((alike @ F.normalize(alike.mean(0), dim=0)).mean()),
+            purity=float(kinds.max() / len(group)),
+            evidence=how,
+        )
+    seeds[watched] = torch.where(unclaimed & (speaks < 0), len(units.owner), speaks)
+    return seeds
+
+
+def open_unit(
+    state: State, dataset: data.Dataset, owner: int, index: Tensor, known: Pool, args: argparse.Namespace, bf16: bool
+) -> tuple[int, str]:
+    """A unit for `owner` in the head and in its running mean, imprinted with the images `index`; "grown" or "recycled"."""
+    unit, how = state.units.take(state.network.head, state.optimizer, owner)
+    if how == "grown":
+        grow_prune.grow_head(state.average.head, None)
+    for name, parameter in state.network.head.named_parameters():
+        state.average.head.get_parameter(name).data[unit] = parameter.data[unit]
+    if args.new_unit == "imprint":
+        imprint(state, dataset, unit, index, known, bf16)
+    return unit, how
+
+
+def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, bf16: bool) -> None:
+    """Point a unit at the images `index`, in the head and in its running mean.
+
+    Only the running mean, which answers, heeds the labelled images of other classes: the bias that this takes would hold the
+    learner back, and fades in the mean within an epoch or two, as the learner finds out what belongs to the unit.
+    """
+    others = (known.labelled & (dataset.train_y != state.units.owner[unit])).nonzero()[:, 0][:1000]
+    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=bf16))
+    h, other_h = (evaluate.embed(state.average, dataset.train_x[i], bf16=bf16) for i in (index, others))
+    grow_prune.imprint(state.average.head, unit, h, other_h)
+
+
+def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, leak: Tensor, bf16: bool) -> None:
+    """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
+    units, y = state.units, dataset.train_y
+    new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
+    late = [c for c in new if c >= args.known_classes and before.taught.any()]
+    test_h = evaluate.embed(state.average, dataset.test_x, bf16=bf16) if late else None
+    for c in new:
+        index = (now.labelled & (y == c)).nonzero()[:, 0]
+        event = {"name": dataset.classes[c], "images": len(index)}
+        if c in late:
+            few, was = few_labels(state, dataset, c, test_h, before, leak, bf16), said(state, test_h, before.taught)[1]
+        if c in units.owner:  # known from the start
+            unit = units.owner.index(c)
+            if args.new_unit == "imprint":
+                imprint(state, dataset, unit, index, before, bf16)
+        else:
+            chosen = said(state, evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), before.taught)[0]
+            count = chosen.bincount(minlength=len(units.owner))
+            unit = int(count.argmax())
+            if units.owner[unit] == grow_prune.UNNAMED:
+                units.owner[unit], units.age[unit] = c, 0
+                state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
+            else:
+                unit, how = open_unit(state, dataset, c, index, before, args, bf16)
+                state.tell(how, unit=unit, **event)
+        if c in late:
+            taught = before.taught.clone()
+            taught[c] = True
+            right, test_y = said(state, test_h, taught)[1] == dataset.test_y, dataset.test_y
+            old = before.taught[test_y]
+            seen = {"accuracy": share(right, test_y == c), "lost": share(was == test_y, old) - share(right, old)}
+            state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **seen, **few})
+
+
+def few_labels(state: State, dataset: data.Dataset, c: int, test_h: Tensor, before: Pool, leak: Tensor, bf16: bool) -> dict[str, float]:
+    """What a unit made of the first few labels of class c would do at this moment (evaluate.first_sight)."""
+    y, test_y = dataset.train_y, dataset.test_y
+    first = (y == c).nonzero()[:, 0]
+    first = first[leak[first].argsort()[: max(evaluate.FEW)]]
+    others = before.labelled.nonzero()[:, 0][:1000]
+    first_h, other_h = (evaluate.embed(state.average, dataset.train_x[i], bf16=bf16) for i in (first, others))
+    named = state.units.in_use(before.taught) & (torch.tensor(state.units.owner, device=y.device) >= 0)
+    right, compared = said(state, test_h, before.taught)[1] == test_y, before.taught[test_y] | (test_y == c)
+    return evaluate.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
 
 
 def measure(
@@ -245,13 +431,12 @@ def measure(
     dataset: data.Dataset,
     state: State,
     stage: curriculum.Stage,
-    active: Tensor,
-    labelled: Tensor,
+    now: Pool,
     pseudo: Tensor,
     confidence: Tensor,
     bf16: bool,
 ) -> dict:
-    """Where the network stands after an epoch: a row of log.csv. active, labelled: bool [N]; pseudo, confidence: [N].
+    """Where the network stands after an epoch: a row of log.csv. pseudo [N]: units; confidence: [N].
 
     A fixed part of the test images has to do; only the last epoch's accuracies over several classes see all of them.
     """
@@ -261,29 +446,41 @@ def measure(
     if len(state.rows) < args.epochs - 1:
         test_x, test_y = test_x[part], test_y[part]
         part = slice(None)
-    accuracy = old = new = None
+    accuracy = old = new = open_set = unknown = novelty = None
     by_class = [None] * classes
-    taught = y[labelled].bincount(minlength=classes) > 0
-    if taught.any():
-        guess = scores(state.network, test_x, taught, bf16).argmax(1)
-        right = guess == test_y
+    if now.taught.any():
+        h = evaluate.embed(state.average, test_x, bf16=bf16)
+        unit, guess = said(state, h, now.taught)
+        right, met = guess == test_y, now.taught[test_y]
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
-    hidden = active & ~labelled & (pseudo >= 0)  # where propagation had to guess
+        if stage.discovery:
+            around = surroundings(state, dataset, now, now.labelled, args.seed, bf16)[1:]
+            claims = grow_prune.claim(h, *around)
+            nobody = (claims < grow_prune.threshold(*around)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
+            open_set, unknown = torch.where(met, right & ~nobody, nobody).float().mean().item(), share(nobody, ~met)
+            here = met | (test_y < stage.classes)
+            novelty = evaluate.novelty_auroc(-claims[here], ~met[here]) if (here & ~met).any() else None
+    hidden = now.active & ~now.labelled & (pseudo >= 0)  # where propagation had to guess
+    right = torch.tensor(state.units.owner, device=y.device)[pseudo] == y
     return {
         "epoch": len(state.rows) + 1,
         "stage": stage.name,
         "classes": stage.classes,
-        "units": state.network.head.out_features,
-        "labels": int(labelled.sum()),
-        "labelled": int(labelled.sum()) / n,
+        "units": len(state.units.owner),
+        "unnamed": state.units.owner.count(grow_prune.UNNAMED),
+        "labels": int(now.labelled.sum()),
+        "labelled": int(now.labelled.sum()) / n,
         "accuracy": accuracy,
         "old_accuracy": old,
         "new_accuracy": new,
-        "pseudo_accuracy": share(pseudo == y, hidden),
+        "open_accuracy": open_set,
+        "unknown_found": unknown,
+        "novelty_auroc": novelty,
+        "pseudo_accuracy": share(right, hidden),
         "pseudo_coverage": share(confidence > 0.8, hidden),
-        "pseudo_confident_accuracy": share(pseudo == y, hidden & (confidence > 0.8)),
-        "sparsity": grow_prune.sparsity_of(state.network.encoder),
+        "pseudo_confident_accuracy": share(right, hidden & (confidence > 0.8)),
+        "sparsity": grow_prune.sparsity_of(state.average.encoder),
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         **{f"accuracy_{name}": value for name, value in zip(dataset.classes, by_class, strict=True)},
     }
@@ -317,7 +514,7 @@ def announce(args: argparse.Namespace, dataset: data.Dataset, network: model.Net
     if args.curriculum == "gradual" and args.epochs < 15:
         print(f"{args.epochs} epochs are few for a curriculum: stages will run together; 15 or more let new classes arrive one by one")
     print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if bf16 else 'float32'}; writing to {out}\n")
-    print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new  pruned  img/s    left")
+    print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new   open  pruned  img/s    left")
 
 
 def percent(value: float | None) -> str:
@@ -326,37 +523,49 @@ def percent(value: float | None) -> str:
 
 
 def progress_line(row: dict, epochs: int, rows: list[dict]) -> str:
-    """One epoch as one line."""
+    """One epoch as one line; open: accuracy where "unknown" is the right answer for classes without a label."""
     terms = "  ".join("     -" if row[f"loss_{t}"] is None else f"{row[f'loss_{t}']:6.3f}" for t in TERMS)
     recent = [r["seconds"] for r in rows[-5:]]
     left = round((epochs - row["epoch"]) * sum(recent) / len(recent))
-    accuracy, old, new, pruned = (percent(row[k]) for k in ("accuracy", "old_accuracy", "new_accuracy", "sparsity"))
+    columns = ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
+    accuracy, old, new, open_set, pruned = (percent(row[k]) for k in columns)
     return (
         f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}  {terms}  "
-        f"{accuracy:>8s}  {old:>5s}  {new:>5s}  {pruned:>6s}  {row['images_per_second']:5.0f}  {left // 60:3d}:{left % 60:02d}"
+        f"{accuracy:>8s}  {old:>5s}  {new:>5s}  {open_set:>5s}  {pruned:>6s}"
+        f"  {row['images_per_second']:5.0f}  {left // 60:3d}:{left % 60:02d}"
     )
+
+
+def event_line(event: dict) -> str:
+    """An event of the head's life as one line under its epoch."""
+    parts = [f"unit {event['unit']}" if event["unit"] is not None else "", event["name"] or ""]
+    parts += [f"{event['images']} images" if event["images"] is not None else ""]
+    parts += [f"{100 * event['purity']:.0f} % pure" if event["purity"] is not None else "", event["evidence"] or ""]
+    return f"         {event['event']}: {', '.join(part for part in parts if part)}"
 
 
 def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: Tensor, stages: list, bf16: bool, out: Path) -> None:
     """The final figures, measured on the last epoch: printed, drawn, and written to summary.json, which ends the run."""
-    network, rows, last = state.network, state.rows, state.rows[-1]
+    network, rows, last = state.average, state.rows, state.rows[-1]
     y, test_y, names, known = dataset.train_y, dataset.test_y, dataset.classes, args.known_classes
     budget = data.label_mask(leak, y, args.label_budget, range(len(names)))
     train_h, test_h = (evaluate.embed(network, x, bf16=bf16) for x in (dataset.train_x, dataset.test_x))
     taught = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
     lost = float(np.nanmean(evaluate.forgetting(taught))) if taught else math.nan
-    at_sight = [s["accuracy"] for s in state.first_sight]
     clusters = evaluate.cluster_scores(test_h, test_y)
     summary = {
         **{key: last[key] for key in ("accuracy", "old_accuracy", "new_accuracy")},
-        "first_sight": sum(at_sight) / len(at_sight) if at_sight else None,
+        "first_sight": average_of(seen["accuracy"] for seen in state.first_sight),
+        "first_sight_5": average_of(seen["imprint_5"] for seen in state.first_sight),
         "probe": evaluate.linear_probe(train_h, y, test_h, test_y),
         "probe_leaked": evaluate.linear_probe(train_h[budget], y[budget], test_h, test_y) if budget.any() else None,
         "knn": evaluate.knn_accuracy(train_h, y, test_h, test_y),
         "cluster_accuracy": clusters.pop("accuracy"),
         **clusters,
         "forgetting": lost if math.isfinite(lost) else None,
-        "novelty_auroc": sum(state.novelty) / len(state.novelty) if state.novelty else None,
+        "novelty_auroc": average_of(row["novelty_auroc"] for row in rows if row["novelty_auroc"] is not None),
+        "opened": sum(event["event"] == "opened" for event in state.events),
+        "open_accuracy": last["open_accuracy"],
         "sparsity": last["sparsity"],
         "labels_used": last["labels"],
         "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
@@ -367,10 +576,11 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
     pictures = {
         "curves": lambda path: evaluate.draw_curves(rows, names, known, path),
         "curriculum": lambda path: evaluate.draw_curricula({args.curriculum: stages}, path),
+        "life": lambda path: evaluate.draw_life(rows, state.events, names, known, path),
         "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
     }
     if last["accuracy"] is not None:
-        guess = scores(network, dataset.test_x, y[budget].bincount(minlength=len(names)) > 0, bf16).argmax(1)
+        guess = said(state, test_h, y[budget].bincount(minlength=len(names)) > 0)[1]
         pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
     for name, draw in pictures.items():
         draw(out / f"{name}.png")
@@ -401,13 +611,14 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_log(path: Path, rows: list[dict]) -> None:
-    """log.csv from its rows; a figure that does not exist yet is left empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode())
+def write_tables(out: Path, state: State) -> None:
+    """log.csv and events.csv; a figure that does not exist is left empty."""
+    for name, rows, columns in (("log.csv", state.rows, state.rows[0].keys()), ("events.csv", state.events, EVENT)):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        write_atomically(out / name, text.getvalue().encode())
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
@@ -471,7 +682,9 @@ def parser() -> Parser:
     add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
     add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
     add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
-    add("--without", nargs="+", default=[], choices=TERMS, metavar="LOSS", help=f"leave out: {', '.join(TERMS)}")
+    add("--without", nargs="+", default=[], choices=(*TERMS, "discovery"), metavar="PART", help=f"leave out: {', '.join(TERMS)}, discovery")
+    add("--new-unit", default="imprint", metavar="HOW", help="how a unit begins: imprint (at the mean of its first images) or random")
+    add("--replay", type=int, metavar="N", help="of classes seen earlier keep only N images each once a new class comes; all if not given")
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
@@ -488,6 +701,7 @@ def parser() -> Parser:
     add("--batch-size", type=int, metavar="N", help="images a step; each is seen in two views")
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--prune", type=float, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
+    add("--prune-units", type=float, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -509,12 +723,13 @@ def check(args: argparse.Namespace) -> None:
     """Every flag that can be judged without the data. Raises ValueError, in one line."""
     one_of("curriculum", args.curriculum, list(curriculum.CURRICULA))
     one_of("embedding", args.embedding, ["pca", "tsne", "umap"])
+    one_of("new-unit", args.new_unit, ["imprint", "random"])
     if args.embedding == "umap" and importlib.util.find_spec("umap") is None:
         raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne")
     if not args.dataset.startswith("folder:"):
         one_of("dataset", args.dataset, ["auto", *data.DATASETS, "folder:PATH"])
-    fractions = (("label_budget", 0, 1), ("prune", 0, 1), ("lr", 1e-6, 1000))
-    counts = (("known_classes", 1), ("per_class", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0), ("class_order", 0))
+    fractions = (("label_budget", 0, 1), ("prune", 0, 1), ("prune_units", 0, 1), ("lr", 1e-6, 1000))
+    counts = (("known_classes", 1), ("per_class", 1), ("replay", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0), ("class_order", 0))
     for name, low, high in (*fractions, *((name, low, 2**31 - 1) for name, low in counts)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -524,6 +739,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--without leaves '{args.curriculum}' no loss; keep at least one of {', '.join(sorted(used))}")
     if args.label_budget == 0 and args.curriculum in NEED_BUDGET:
         raise ValueError(f"--label-budget 0 leaves '{args.curriculum}' without labels; use more than 0, or --curriculum self")
+    if args.prune_units and args.model is not None and args.model not in model.CONFIGS:
+        raise ValueError(f"--prune-units needs a plain chain of layers: --model {', '.join(model.CONFIGS)}, not {args.model}")
     if args.out is not None and not args.resume:
         check_out(Path(args.out))
 
