@@ -177,7 +177,7 @@ class ConfusionMonitor:
     them at a known rate, and that of a kind which nobody names holds hardly any, however sure the softmax is. What is too few
     follows from the known classes themselves (`threshold`).
 
-    n: images in all; at_least: images that make a concept, a share of those looked at (0.02) and never fewer than 20; patience:
+    n: images in all; at_least: images that make a concept, a share of those looked at (0.03) and never fewer than 20; patience:
     looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in which nothing else is opened (2);
     chance: largest probability that labels which leak at random avoid the concept so well (0.01)
     """
@@ -185,7 +185,7 @@ class ConfusionMonitor:
     def __init__(
         self,
         n: int,
-        at_least: float = 0.02,
+        at_least: float = 0.03,
         patience: int = 2,
         cooldown: int = 2,
         chance: float = 0.01,

@@ -399,7 +399,7 @@ def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, a
             chosen = said(state, evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), before.taught)[0]
             count = chosen.bincount(minlength=len(units.owner))
             unit = int(count.argmax())
-            if units.owner[unit] == grow_prune.UNNAMED:
+            if units.owner[unit] == grow_prune.UNNAMED and 2 * count[unit] > len(index):
                 units.owner[unit], units.age[unit] = c, 0
                 state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
             else:
