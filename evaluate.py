@@ -6,12 +6,13 @@
     forgetting(per_class_accuracy), novelty_auroc(score, is_new)
 
 `python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings) and comparison.png.
+`python evaluate.py RUN --compact FILE` writes a run's network without its dead filters.
 """
 
 import argparse
-import copy
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import grow_prune
+import model
 
 # Okabe & Ito's colours, which colour-blind people can tell apart, and markers so that colour is not needed.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#8B5A2B", "#999999")
@@ -108,35 +109,6 @@ def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(is_new.cpu().numpy(), score.cpu().numpy()))
-
-
-FEW = (1, 5, 20)  # labels of a new class
-
-
-@torch.no_grad()
-def first_sight(
-    head: nn.Linear, named: Tensor, first_h: Tensor, other_h: Tensor, test_h: Tensor, is_new: Tensor, right: Tensor
-) -> dict[str, float]:
-    """How a class is recognised at the moment its first 1, 5 or 20 labels come, before any gradient step, and what that costs.
-
-    head: before the class has a unit, of which `named` (bool [U]) answer; first_h [20,D]: embeddings of its images in the order
-    of their labels; other_h [L,D]: of labelled images of the other classes; test_h [T,D]: of test images of old classes and of
-    the new one (is_new: bool [T]), and which of them the head gets right so far. For a unit imprinted with heed of the others
-    ("imprint"), without ("plain") and "random": "KIND_N", the test accuracy on the class, and "KIND_N_lost", that of the old ones
-    that goes to it.
-    """
-    best = head(test_h).masked_fill(~named, float("-inf")).amax(1)
-    result = {}
-    for n in FEW:
-        for kind, options in (("imprint", [first_h[:n], other_h]), ("plain", [first_h[:n]]), ("random", None)):
-            trial = copy.deepcopy(head)
-            grow_prune.grow_head(trial, None)
-            if options:
-                grow_prune.imprint(trial, trial.out_features - 1, *options)
-            taken = trial(test_h)[:, -1] > best
-            result[f"{kind}_{n}"] = taken[is_new].float().mean().item()
-            result[f"{kind}_{n}_lost"] = (taken & right)[~is_new].float().mean().item()
-    return result
 
 
 # ---- clusters -------------------------------------------------------------------------------------------------------
@@ -254,15 +226,16 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     fig, axes = figure(9, 3.6 + 0.27 * len(spans), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(spans), 2.6))
     for unit, life in enumerate(spans):
         for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
-            if owner == -1 or end <= start:
+            if owner == -1 or end <= start:  # nobody's
                 continue
             look = (
                 dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
             )
             axes[0].barh(unit, end - start, left=start - 0.5, height=0.7, **look)
-            text = classes[owner] if owner is not None else f"? ({100 * event['purity']:.0f} % {event['name']})"
+            text = classes[owner] if owner is not None else f"unnamed: {100 * event['purity']:.0f} % {event['name']} "
+            place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=start - 0.6, ha="right")
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
-            axes[0].text(start - 0.2, unit, text, va="center", ha="left", fontsize=8, bbox=box)
+            axes[0].text(y=unit, s=text, va="center", fontsize=8, bbox=box, **place)
     for event in (e for e in events if e["event"] == "arrived"):
         axes[0].axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
         axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['name']}\narrives", ha="center", va="bottom", fontsize=8)
@@ -274,8 +247,8 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
         style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)
         axes[1].plot(x, [np.nan if v is None else v for v in y], label=f"accuracy, {classes[c]}", **style)
     for key, label, style in (
-        ("open_accuracy", "accuracy, unknown being an answer", dict(color="black", linewidth=2)),
-        ("novelty_auroc", "AUROC, nameless against named", dict(color="#777777", linestyle="--")),
+        ("open_accuracy", "accuracy, unknown being an answer", dict(color="#777777", linewidth=3)),
+        ("novelty_auroc", "AUROC, nameless against named", dict(color="black", linestyle="--")),
     ):
         axes[1].plot(x, [np.nan if row[key] is None else row[key] for row in rows], label=label, **style)
     axes[1].set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
@@ -387,7 +360,7 @@ def describe(summary: dict, images: int, known: int) -> str:
         ("sparsity", "of the encoder's weights are zero"),
     ):
         value = summary[key]
-        shown = "-" if value is None else f"{value:.3f}" if key in ("ari", "nmi", "silhouette") else f"{100 * value:.1f} %"
+        shown = "-" if value is None else f"{value:.3f}" if key in ("ari", "nmi", "silhouette", "novelty_auroc") else f"{100 * value:.1f} %"
         lines.append(f"{key:13s}{shown:>8s}   {text}")
     lines.append(f"{'labels_used':13s}{summary['labels_used']:8,d}   of {images:,}")
     lines.append(f"{'seconds':13s}{summary['seconds']:8,.0f}   {summary['images_per_second']:,.0f} images/s, each in two views")
@@ -398,7 +371,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 COLUMNS = (
     *("accuracy", "old_accuracy", "new_accuracy", "first_sight", "probe", "probe_leaked", "knn"),
-    *("ari", "nmi", "silhouette", "forgetting", "sparsity"),
+    *("ari", "nmi", "silhouette", "forgetting", "novelty_auroc", "sparsity"),
 )
 NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "machine")
 
@@ -445,13 +418,27 @@ def spread(values: np.ndarray) -> tuple[float, float]:
 def comparison_table(result: dict[str, dict]) -> str:
     """The comparison as aligned text, in per cent but for ARI, NMI and silhouette."""
     width = max(len(name) for name in result) + 2
-    titles = ("accuracy", "old", "new", "first sight", "probe", "probe leaked", "kNN", "ARI", "NMI", "silhouette", "forgetting", "sparsity")
+    titles = (
+        "accuracy",
+        "old",
+        "new",
+        "first sight",
+        "probe",
+        "probe leaked",
+        "kNN",
+        "ARI",
+        "NMI",
+        "silhouette",
+        "forgetting",
+        "novelty",
+        "sparsity",
+    )
     lines = ["".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{t:>14}" for t in titles)])]
     for name, row in result.items():
         cells = []
         for column in COLUMNS:
             mean, std = spread(row[column])
-            unit, digits = (1, 3) if column in ("ari", "nmi", "silhouette") else (100, 1)
+            unit, digits = (1, 3) if column in ("ari", "nmi", "silhouette", "novelty_auroc") else (100, 1)
             text = "-" if np.isnan(mean) else f"{unit * mean:.{digits}f}"
             cells.append(f"{text if np.isnan(std) else f'{text} ± {unit * std:.{digits}f}':>14}")
         lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
@@ -485,13 +472,47 @@ def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
     save(fig, path)
 
 
+def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
+    """Write the network of a run without its dead filters, for `model.load`; what became of it, in one line.
+
+    The outputs are compared and timed on 512 images of noise, in float32. Raises ValueError, in one line, if it cannot be done.
+    """
+    try:
+        whole = model.load(Path(folder) / "checkpoint.pt")
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: no checkpoint.pt that can be read ({type(error).__name__})") from None
+    small = model.compact(whole)
+    x = torch.rand(512, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    apart = max(float((embed(whole, x, part) - embed(small, x, part)).abs().max()) for part in ("h", "z", "logits"))
+    ratios = []
+    for _ in range(rounds):
+        times = []
+        for network in (whole, small):
+            began = time.perf_counter()
+            embed(network, x)
+            times.append(time.perf_counter() - began)
+        ratios.append(times[0] / times[1])
+    torch.save(model.pack(small), path)
+    size = [sum(p.numel() for p in network.encoder.parameters()) for network in (whole, small)]
+    return (
+        f"{path}: {size[1]:,} of {size[0]:,} weights in the encoder; outputs apart by at most {apart:.1e}; "
+        f"{sorted(ratios)[rounds // 2]:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the runs named on the command line."""
     parser = argparse.ArgumentParser(description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, each with args.json and summary.json")
+    parser.add_argument("--compact", metavar="FILE", help="write the network of one run to FILE, without its dead filters")
     parser.add_argument("--out", default="comparison.png", help="where the figure goes (default: comparison.png)")
     args = parser.parse_args(argv)
     try:
+        if args.compact:
+            if len(args.runs) > 1:
+                raise ValueError(f"--compact takes one run, not {len(args.runs)}")
+            print(write_compact(args.runs[0], args.compact))
+            return 0
         result = compare(args.runs)
         print(comparison_table(result))
         draw_comparison(result, args.out)

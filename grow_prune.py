@@ -10,7 +10,6 @@
     masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
     masks |= prune_filters(encoder, 0.3)                # and whole filters
     apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
-    small = compact(encoder)                            # the dead filters really removed
 
 Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Zhu & Gupta 2017, "To Prune,
 or Not to Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710); Dohare et al.
@@ -254,6 +253,35 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     return float((unit * F.normalize(mean, dim=1)[y]).sum(1).quantile(0.25))
 
 
+FEW = (1, 5, 20)  # labels of a new class
+
+
+@torch.no_grad()
+def first_sight(
+    head: nn.Linear, named: Tensor, first_h: Tensor, other_h: Tensor, test_h: Tensor, is_new: Tensor, right: Tensor
+) -> dict[str, float]:
+    """How a class is recognised at the moment its first 1, 5 or 20 labels come, before any gradient step, and what that costs.
+
+    head: before the class has a unit, of which `named` (bool [U]) answer; first_h [20,D]: embeddings of its images in the order
+    of their labels; other_h [L,D]: of labelled images of the other classes; test_h [T,D]: of test images of old classes and of
+    the new one (is_new: bool [T]), and which of them the head gets right so far. For a unit imprinted with heed of the others
+    ("imprint"), without ("plain") and "random": "KIND_N", the test accuracy on the class, and "KIND_N_lost", that of the old ones
+    that goes to it.
+    """
+    best = head(test_h).masked_fill(~named, float("-inf")).amax(1)
+    result = {}
+    for n in FEW:
+        for kind, options in (("imprint", [first_h[:n], other_h]), ("plain", [first_h[:n]]), ("random", None)):
+            trial = copy.deepcopy(head)
+            grow_head(trial, None)
+            if options:
+                imprint(trial, trial.out_features - 1, *options)
+            taken = trial(test_h)[:, -1] > best
+            result[f"{kind}_{n}"] = taken[is_new].float().mean().item()
+            result[f"{kind}_{n}_lost"] = (taken & right)[~is_new].float().mean().item()
+    return result
+
+
 # ---- pruning --------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +336,7 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of the filters of a chain of convolutions with the smallest norm, with their batch norm.
 
     Norms are compared over all layers together, each relative to the mean of its layer, whose largest filter always stays. A dead
-    filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `compact` can remove it. Returns
+    filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `model.compact` can remove it. Returns
     masks for `apply_masks`. Raises ValueError outside 0..1 and for a model that is not a chain.
     """
     layers = filter_layers(model)
@@ -336,26 +364,3 @@ def sparsity_of(model: nn.Module) -> float:
     """The fraction of the prunable weights that is exactly zero, 0..1."""
     weights = prunable(model).values()
     return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)
-
-
-@torch.no_grad()
-def compact(model: nn.Sequential) -> nn.Sequential:
-    """A copy of a chain of convolutions without its dead filters: the same outputs in eval mode, fewer multiplications.
-
-    A filter is dead whose batch norm has neither scale nor shift left. Raises ValueError for a model that is not a chain.
-    """
-    small, alive = copy.deepcopy(model), torch.ones(3, dtype=torch.bool)
-    for conv_name, norm_name in [*filter_layers(model), (None, None)]:
-        if conv_name is None:  # the last convolution keeps its filters and loses inputs
-            conv, norm, out = [m for m in small if isinstance(m, nn.Conv2d)][-1], None, slice(None)
-        else:
-            conv, norm = small.get_submodule(conv_name), small.get_submodule(norm_name)
-            out = (norm.weight != 0) | (norm.bias != 0)
-        conv.weight = nn.Parameter(conv.weight[out][:, alive.to(conv.weight.device)].contiguous(memory_format=torch.channels_last))
-        conv.out_channels, conv.in_channels = conv.weight.shape[:2]
-        if norm is not None:
-            norm.num_features = conv.out_channels
-            norm.weight, norm.bias = nn.Parameter(norm.weight[out]), nn.Parameter(norm.bias[out])
-            norm.running_mean, norm.running_var = norm.running_mean[out], norm.running_var[out]
-            alive = out
-    return small

@@ -3,13 +3,18 @@
     network = build("vgg16", num_classes=7)
     h, z, logits = network(x)       # x float [B,3,32,32] in 0..1 -> h [B,512], unit z [B,128], logits [B,7]
 
+    network = load("RUN/checkpoint.pt")     # what a run has learned
+    small = compact(network)                # without its dead filters
+
 The images are normalised inside, so that a saved network needs nothing but pixels. The VGGs follow Simonyan & Zisserman
 2014 (arXiv 1409.1556) with batch norm and one pooled feature vector in place of the fully connected layers; any
 classification model of torchvision serves as encoder too, with its stem changed for small images.
 """
 
+import copy
 import difflib
 from collections.abc import Sequence
+from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +42,7 @@ class VGG(nn.Sequential):
                 layers += [nn.Conv2d(width, item, 3, padding=1, bias=False), nn.BatchNorm2d(item), nn.ReLU(inplace=True)]
                 width = item
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.config = list(config)
         for module in self:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -90,22 +96,61 @@ def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
 
 
 def build(
-    name: str,
+    name: str | Sequence[int | str],
     num_classes: int,
     projection: int = 128,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.25, 0.25, 0.25),
 ) -> Network:
-    """A network with the encoder `name`: one of CONFIGS, or any classification model of torchvision ("resnet18", ...).
+    """A network with the encoder `name`: one of CONFIGS, a list like them, or a torchvision classification model ("resnet18", ...).
 
     num_classes: units the head starts with; projection: width of z; mean, std: of the images, per channel, in 0..1.
     Raises ValueError for a name that is not known or a model that cannot take 32x32 images.
     """
-    if name in CONFIGS:
-        encoder, dim = VGG(CONFIGS[name]), [c for c in CONFIGS[name] if c != "M"][-1]
+    config = CONFIGS.get(name) if isinstance(name, str) else name
+    if config:
+        encoder, dim = VGG(config), [c for c in config if c != "M"][-1]
     else:
         encoder, dim = torchvision_encoder(name)
     return Network(encoder, dim, num_classes, projection, mean, std)
+
+
+def load(path: str | PathLike) -> Network:
+    """The network that a run keeps in its checkpoint.pt, or that was written from `pack`; in eval mode, on the CPU."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    name, weights = (saved["args"]["model"], saved["average"]) if "args" in saved else (saved["model"], saved["network"])
+    network = build(name, len(weights["head.weight"]), len(weights["projector.2.weight"]))
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def pack(network: Network) -> dict:
+    """What `load` reads, of a network with a VGG as encoder: its layers and its weights."""
+    return {"model": network.encoder.config, "network": network.state_dict()}
+
+
+@torch.no_grad()
+def compact(network: Network) -> Network:
+    """A copy of a network with a VGG as encoder without its dead filters: in eval mode the same outputs, with less to compute.
+
+    A filter is dead whose batch norm has neither scale nor shift left (`grow_prune.prune_filters`). The last convolution keeps
+    all of its filters, which are the embedding. Raises ValueError for another encoder.
+    """
+    if not isinstance(network.encoder, VGG):
+        raise ValueError("only the encoders cnn, vgg-small, vgg11 and vgg16 can be made compact")
+    small = copy.deepcopy(network)
+    convs = [m for m in network.encoder if isinstance(m, nn.Conv2d)]
+    norms = [m for m in network.encoder if isinstance(m, nn.BatchNorm2d)]
+    alive = [(norm.weight != 0) | (norm.bias != 0) for norm in norms[:-1]] + [torch.ones_like(norms[-1].bias, dtype=torch.bool)]
+    widths = iter(int(a.sum()) for a in alive)
+    small.encoder = VGG([item if item == "M" else next(widths) for item in network.encoder.config])
+    before = slice(None)
+    new = [m for m in small.encoder if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    for old_conv, old_norm, conv, norm, out in zip(convs, norms, new[::2], new[1::2], alive, strict=True):
+        conv.weight.copy_(old_conv.weight[out][:, before])
+        norm.load_state_dict({key: value[out] if value.ndim else value for key, value in old_norm.state_dict().items()})
+        before = out
+    return small.to(network.mean.device).train(network.training)
 
 
 def torchvision_encoder(name: str) -> tuple[nn.Module, int]:

@@ -273,8 +273,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
                 record[step, TERMS.index(term)] = loss.detach()
         stop_if_not_finite(record, network, epoch, stage.name)
 
-        filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
-        state.masks = prune(network.encoder, stage.sparsity, filters)
+        if stage.sparsity or args.prune_units:
+            filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
+            state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
         trained = time.perf_counter()
 
@@ -292,11 +293,12 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     return 0
 
 
-def prune(encoder: torch.nn.Module, sparsity: float, filters: float) -> dict[str, Tensor]:
-    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks."""
-    masks = grow_prune.prune_filters(encoder, filters) if filters else {}
-    small = grow_prune.prune_smallest(encoder, sparsity) if sparsity else {}
-    return masks | {key: mask & masks[key] if key in masks else mask for key, mask in small.items()}
+def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no wider than `before`."""
+    masks = dict(before)
+    for new in (grow_prune.prune_filters(encoder, filters) if filters else {}, grow_prune.prune_smallest(encoder, sparsity)):
+        masks |= {name: mask & masks[name] if name in masks else mask for name, mask in new.items()}
+    return masks
 
 
 # ---- the life of the head -------------------------------------------------------------------------------------------
@@ -415,15 +417,15 @@ def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, a
 
 
 def few_labels(state: State, dataset: data.Dataset, c: int, test_h: Tensor, before: Pool, leak: Tensor, bf16: bool) -> dict[str, float]:
-    """What a unit made of the first few labels of class c would do at this moment (evaluate.first_sight)."""
+    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight)."""
     y, test_y = dataset.train_y, dataset.test_y
     first = (y == c).nonzero()[:, 0]
-    first = first[leak[first].argsort()[: max(evaluate.FEW)]]
+    first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
     others = before.labelled.nonzero()[:, 0][:1000]
     first_h, other_h = (evaluate.embed(state.average, dataset.train_x[i], bf16=bf16) for i in (first, others))
     named = state.units.in_use(before.taught) & (torch.tensor(state.units.owner, device=y.device) >= 0)
     right, compared = said(state, test_h, before.taught)[1] == test_y, before.taught[test_y] | (test_y == c)
-    return evaluate.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
+    return grow_prune.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
 
 
 def measure(

@@ -20,6 +20,7 @@ ahead: they are as busy in the last timed step as in the first, and rest while t
 """
 
 import argparse
+import copy
 import importlib.util
 import os
 import platform
@@ -144,6 +145,7 @@ def gradual(job: Job) -> Iterator[None]:
     pseudo, confidence = torch.where(labelled, y, torch.randint_like(y, 10)), torch.rand(n, device=device)
     background = max(16, round(0.0064 * n))
     masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
+    average, units = copy.deepcopy(network), grow_prune.Units(range(10), device=device)
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     while True:
@@ -163,15 +165,18 @@ def gradual(job: Job) -> Iterator[None]:
             if mix["aggregation"]:
                 terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
             if mix["propagation"]:
-                onehot = train.one_hot(pseudo[index2], pseudo[index2] >= 0, len(in_use))
+                onehot = train.one_hot(pseudo[index2], len(in_use))
                 terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
             if mix["supervised"]:
-                terms["supervised"] = losses.supervised(logits, train.one_hot(y[index2], labelled[index2], len(in_use)), in_use)
+                onehot = train.one_hot(torch.where(labelled[index2], y[index2], -1), len(in_use))
+                terms["supervised"] = losses.supervised(logits, onehot, in_use)
             optimizer.zero_grad()
             sum(mix[term] * loss for term, loss in terms.items()).backward()
             optimizer.step()
             grow_prune.apply_masks(network.encoder, masks)
+            model.follow(average, network, 0.99)
             bank.update(index, z1.detach() + z2.detach())
+            units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
             for term, loss in terms.items():
                 record[step, train.TERMS.index(term)] = loss.detach()
             yield
