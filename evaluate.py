@@ -342,6 +342,9 @@ def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: s
     save(fig, path)
 
 
+PLAIN = ("ari", "nmi", "silhouette", "novelty_auroc")  # figures that are not shown in per cent
+
+
 def describe(summary: dict, images: int, known: int) -> str:
     """The figures of one run as aligned text, each with what it is."""
     lines = []
@@ -350,6 +353,8 @@ def describe(summary: dict, images: int, known: int) -> str:
         ("old_accuracy", f"of the head, the {known} classes known at the start"),
         ("new_accuracy", "of the head, the late classes"),
         ("first_sight", "late classes at the moment of their first labels, before any gradient step"),
+        ("first_sight_5", "what a unit made of five labels would recognise then, heeding the other classes"),
+        ("novelty_auroc", "how well classes without a name are told from named ones, before any label"),
         ("probe", "linear probe on the frozen encoder, all labels"),
         ("probe_leaked", "linear probe, the label budget only"),
         ("knn", "20 nearest neighbours, all labels"),
@@ -360,10 +365,10 @@ def describe(summary: dict, images: int, known: int) -> str:
         ("sparsity", "of the encoder's weights are zero"),
     ):
         value = summary[key]
-        shown = "-" if value is None else f"{value:.3f}" if key in ("ari", "nmi", "silhouette", "novelty_auroc") else f"{100 * value:.1f} %"
-        lines.append(f"{key:13s}{shown:>8s}   {text}")
-    lines.append(f"{'labels_used':13s}{summary['labels_used']:8,d}   of {images:,}")
-    lines.append(f"{'seconds':13s}{summary['seconds']:8,.0f}   {summary['images_per_second']:,.0f} images/s, each in two views")
+        shown = "-" if value is None else f"{value:.3f}" if key in PLAIN else f"{100 * value:.1f} %"
+        lines.append(f"{key:14s}{shown:>8s}   {text}")
+    lines.append(f"{'labels_used':14s}{summary['labels_used']:8,d}   of {images:,}")
+    lines.append(f"{'seconds':14s}{summary['seconds']:8,.0f}   {summary['images_per_second']:,.0f} images/s, each in two views")
     return "\n".join(lines)
 
 
@@ -438,7 +443,7 @@ def comparison_table(result: dict[str, dict]) -> str:
         cells = []
         for column in COLUMNS:
             mean, std = spread(row[column])
-            unit, digits = (1, 3) if column in ("ari", "nmi", "silhouette", "novelty_auroc") else (100, 1)
+            unit, digits = (1, 3) if column in PLAIN else (100, 1)
             text = "-" if np.isnan(mean) else f"{unit * mean:.{digits}f}"
             cells.append(f"{text if np.isnan(std) else f'{text} ± {unit * std:.{digits}f}':>14}")
         lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
