@@ -252,7 +252,7 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     ):
         axes[1].plot(x, [np.nan if row[key] is None else row[key] for row in rows], label=label, **style)
     axes[1].set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False, fontsize=9)
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     save(fig, path)
 
