@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # When things happen in the gradual curriculum, in progress 0..1.
-LEAK = (0.10, 0.50)  # labels of the named classes leak in, from none to the budget
-ARRIVAL = (0.25, 0.45)  # images of the late classes join, the first and the last of them
+LEAK = (0.10, 0.40)  # labels of the named classes leak in, from none to the budget
+ARRIVAL = (0.20, 0.40)  # images of the late classes join, the first and the last of them
 NAMING = 0.10  # this much later, the first labels of a late class: time to notice what has no name yet
 PRUNE = (0.30, 0.85)  # weights are pruned, along a cubic
 
@@ -72,7 +72,8 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "propagation": leak,
         "supervised": float(leak > 0),
     }
-    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery=leak > 0)
+    discovery = leak > 0 and name != "maturity"
+    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery)
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:

@@ -1,7 +1,7 @@
 """A head that discovers, names, remembers and recycles, and a network whose smallest weights are pruned while it grows.
 
-    unclaimed = claim(h, pool_h, named) < threshold(pool_h, named)     # no names around an image
-    monitor.look(index, unclaimed, h, known_h, known_y)                # time and again, and alike: a concept
+    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there names around an image?
+    monitor.look(index, claims, limit, h, known_h, known_y)              # none, time and again, and alike: a concept
     unit, how = units.take(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
     imprint(head, unit, h, others)                      # it points at them, without talking over the old ones
     units.owner[unit] = 7                               # the first labels give it a name
@@ -195,15 +195,16 @@ class ConfusionMonitor:
         self.concept = torch.full((n,), -1, device=device)  # the unit that an image helped to open
         self.rest = 0  # looks to wait
 
-    def look(self, index: Tensor, unclaimed: Tensor, h: Tensor, known_h: Tensor, known_y: Tensor) -> Tensor | None:
+    def look(self, index: Tensor, claims: Tensor, limit: float, h: Tensor, known_h: Tensor, known_y: Tensor) -> Tensor | None:
         """Which of the images `index` int64 [W] are a concept without a unit; None if there is none. Call it once an epoch.
 
-        unclaimed: bool [W]; h [W,D]: their embeddings; known_h [L,D], known_y [L]: of labelled images, whose resemblance to their
-        own class says what resembling means. Around a concept there are at most two thirds of the labels that a named one would
-        have, and too few by more than chance. Returns places in `index`.
+        claims [W]: from `claim`, unclaimed below `limit` (`threshold`); h [W,D]: their embeddings; known_h [L,D], known_y [L]: of
+        labelled images, whose resemblance to their own class says what resembling means. Around a concept there are at most two
+        thirds of the labels that a named one would have, and too few by more than chance. Returns the places in `index` of the
+        less claimed half of it, the surer ones.
         """
         at_least = max(20, round(self.at_least * len(index)))
-        self.streak[index] = torch.where(unclaimed, self.streak[index] + 1, 0)
+        self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.rest = max(0, self.rest - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]
         if self.rest or len(again) < at_least:
@@ -218,7 +219,7 @@ class ConfusionMonitor:
         if len(group) < at_least or found > 2 / 3 * expected or by_chance > self.chance:
             return None
         self.rest = self.cooldown + 1
-        return group
+        return group[claims[group].argsort()[: (len(group) + 1) // 2]]
 
 
 def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.15) -> Tensor:

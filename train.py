@@ -214,6 +214,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             seeds = discover(state, dataset, now, before, args, bf16)  # what nobody claims may open a unit
         if epoch:
             name_classes(state, dataset, now, before, args, leak, bf16)  # the first labels of a class give it a unit
+        if not stage.discovery:
+            forget_unnamed(state)
         unit_of = state.units.of_classes(classes)
         seeds[now.labelled] = unit_of[y[now.labelled]]
 
@@ -326,18 +328,20 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
     index, h, named = surroundings(state, dataset, now, before.labelled, args.seed, bf16)
     watch = ~now.labelled[index]
     watched, watched_h, unit = index[watch], h[watch], said(state, h[watch], before.taught)[0]
-    unclaimed = grow_prune.claim(watched_h, h, named) < grow_prune.threshold(h, named)
+    claims, limit = grow_prune.claim(watched_h, h, named), grow_prune.threshold(h, named)
+    unclaimed = claims < limit
 
     units.age = [age + 1 for age in units.age]
     speaks = torch.full_like(watched, -1)  # the unnamed unit of an image: what it looks like, or what it helped to open
     for u in (u for u, owner in enumerate(units.owner) if owner == grow_prune.UNNAMED):
-        mine = (unit == u) | (unclaimed & (monitor.concept[watched] == u))
-        if units.age[u] >= units.mature and mine.sum() < 20:
+        mine = unclaimed & ((unit == u) | (monitor.concept[watched] == u))
+        if mine.sum() < 20:  # the names around them have come to claim them
             units.owner[u] = grow_prune.FREE
             state.tell("released", unit=u, images=int(mine.sum()))
         else:
             speaks[mine] = u
-    group = monitor.look(watched, unclaimed & (speaks < 0), watched_h, h[named], y[index[named]])
+    claims[speaks >= 0] = math.inf  # by the unnamed unit
+    group = monitor.look(watched, claims, limit, watched_h, h[named], y[index[named]])
     if group is not None:
         new, how = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
         speaks[group] = monitor.concept[watched[group]] = new
@@ -354,6 +358,13 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
         )
     seeds[watched] = torch.where(unclaimed & (speaks < 0), len(units.owner), speaks)
     return seeds
+
+
+def forget_unnamed(state: State) -> None:
+    """When no more classes come, units that never got a name are nobody's."""
+    for unit in (u for u, owner in enumerate(state.units.owner) if owner == grow_prune.UNNAMED):
+        state.units.owner[unit] = grow_prune.FREE
+        state.tell("released", unit=unit)
 
 
 def open_unit(
@@ -456,7 +467,7 @@ def measure(
         right, met = guess == test_y, now.taught[test_y]
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
-        if stage.discovery:
+        if args.curriculum == "gradual":
             around = surroundings(state, dataset, now, now.labelled, args.seed, bf16)[1:]
             claims = grow_prune.claim(h, *around)
             nobody = (claims < grow_prune.threshold(*around)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
