@@ -47,6 +47,7 @@ DEFAULTS = {
     "cifar100": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "folder": dict(model="vgg-small", epochs=50, batch_size=128, lr=0.06),
 }
+UNKNOWN = -2  # says an image that looks like nothing that has a name
 WATCHED = 3000  # images that are asked every epoch whether any unit claims them
 EVENT = ("epoch", "event", "unit", "name", "images", "similarity", "purity", "evidence")  # the columns of events.csv
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
@@ -225,12 +226,13 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
         if mix["propagation"]:
-            spoken = seeds[members]
+            nobody = len(state.units.owner)  # stands for "unknown" among the votes
+            spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
             pseudo[members], confidence[members] = losses.propagate_labels(
                 bank.rows[members], spoken, spoken >= 0, k=50, temperature=0.1, balance=True
             )
-            unknown = pseudo >= len(state.units.owner)  # what looks like nothing that is known teaches no name
-            pseudo[unknown], confidence[unknown] = -1, 0.0
+            unknown = pseudo == nobody
+            pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
 
         network.train()
         in_use = state.units.in_use(now.taught)
@@ -318,8 +320,7 @@ def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, bf16: 
 def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, bf16: bool) -> Tensor:
     """Concept before name: images that no unit claims, epoch after epoch, and that resemble each other, get an unnamed unit.
 
-    Returns the unnamed unit that an image speaks for, or the number of units where it says that it is unknown, -1 where it says
-    nothing: int64 [N].
+    Returns the unnamed unit that an image speaks for, UNKNOWN where it says that nobody knows it, -1 where it says nothing: int64 [N].
     """
     units, monitor, y = state.units, state.monitor, dataset.train_y
     seeds = torch.full_like(y, -1)
@@ -356,7 +357,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
             purity=float(kinds.max() / len(group)),
             evidence=how,
         )
-    seeds[watched] = torch.where(unclaimed & (speaks < 0), len(units.owner), speaks)
+    seeds[watched] = torch.where(unclaimed & (speaks < 0), UNKNOWN, speaks)
     return seeds
 
 
