@@ -232,13 +232,14 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
                 dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
             )
             axes[0].barh(unit, end - start, left=start - 0.5, height=0.7, **look)
-            text = classes[owner] if owner is not None else f"unnamed: {100 * event['purity']:.0f} % {event['name']} "
-            place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=start - 0.6, ha="right")
+            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} % {event['name']}"
+            place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=(start + end) / 2 - 0.5, ha="center")
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
             axes[0].text(y=unit, s=text, va="center", fontsize=8, bbox=box, **place)
     for event in (e for e in events if e["event"] == "arrived"):
         axes[0].axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
         axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['name']}\narrives", ha="center", va="bottom", fontsize=8)
+    axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
     axes[0].set(ylabel="unit", yticks=range(len(spans)), ylim=(-0.6, len(spans) - 0.4))
     x = [row["epoch"] for row in rows]
     arrival = {e["name"]: e["epoch"] for e in events if e["event"] == "arrived"}
@@ -252,7 +253,8 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     ):
         axes[1].plot(x, [np.nan if row[key] is None else row[key] for row in rows], label=label, **style)
     axes[1].set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
-    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False, fontsize=9)
+    handles, labels = (a + b for a, b in zip(*(ax.get_legend_handles_labels() for ax in axes), strict=True))
+    fig.legend(handles, labels, loc="outside lower center", ncol=2, frameon=False, fontsize=9)
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     save(fig, path)
 
