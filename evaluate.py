@@ -221,7 +221,7 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
         if event["unit"] is not None:
             spans += [[] for _ in range(event["unit"] + 1 - len(spans))]
             owner = {"opened": None, "released": -1}.get(event["event"], -2)
-            owner = classes.index(event["name"]) if owner == -2 else owner
+            owner = classes.index(event["class"]) if owner == -2 else owner
             spans[event["unit"]].append((event["epoch"], owner, event))
     fig, axes = figure(9, 3.6 + 0.27 * len(spans), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(spans), 2.6))
     for unit, life in enumerate(spans):
@@ -232,17 +232,17 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
                 dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
             )
             axes[0].barh(unit, end - start, left=start - 0.5, height=0.7, **look)
-            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} % {event['name']}"
+            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} % {event['class']}"
             place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=(start + end) / 2 - 0.5, ha="center")
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
             axes[0].text(y=unit, s=text, va="center", fontsize=8, bbox=box, **place)
     for event in (e for e in events if e["event"] == "arrived"):
         axes[0].axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
-        axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['name']}\narrives", ha="center", va="bottom", fontsize=8)
+        axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['class']}\narrives", ha="center", va="bottom", fontsize=8)
     axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
     axes[0].set(ylabel="unit", yticks=range(len(spans)), ylim=(-0.6, len(spans) - 0.4))
     x = [row["epoch"] for row in rows]
-    arrival = {e["name"]: e["epoch"] for e in events if e["event"] == "arrived"}
+    arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
     for c in range(known, min(len(classes), known + 6)):
         y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], last) else None for row in rows]
         style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)

@@ -49,7 +49,7 @@ DEFAULTS = {
 }
 UNKNOWN = -2  # says an image that looks like nothing that has a name
 WATCHED = 3000  # images that are asked every epoch whether any unit claims them
-EVENT = ("epoch", "event", "unit", "name", "images", "similarity", "purity", "evidence")  # the columns of events.csv
+EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # the columns of events.csv
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
@@ -101,9 +101,9 @@ class State:
             setattr(self, name, checkpoint[name])
         self.masks = {name: mask.to(device) for name, mask in self.masks.items()}
 
-    def tell(self, event: str, **evidence) -> None:
-        """Note an event of the head's life in this epoch."""
-        self.events.append(dict.fromkeys(EVENT) | {"epoch": len(self.rows) + 1, "event": event} | evidence)
+    def tell(self, event: str, name: str | None = None, **evidence) -> None:
+        """Note an event of the head's life in this epoch, for the class `name`."""
+        self.events.append(dict.fromkeys(EVENT) | {"epoch": len(self.rows) + 1, "event": event, "class": name} | evidence)
 
 
 @dataclass
@@ -314,7 +314,7 @@ def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, bf16: 
     if new.any():
         state.bank.update(new.nonzero()[:, 0], evaluate.embed(state.average, dataset.train_x[new], "z", bf16=bf16), momentum=0)
     for c in dataset.train_y[new].unique().tolist() if before.active.any() else []:
-        state.tell("arrived", name=dataset.classes[c], images=int((new & (dataset.train_y == c)).sum()))
+        state.tell("arrived", name=dataset.classes[c], count=int((new & (dataset.train_y == c)).sum()))
 
 
 def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, bf16: bool) -> Tensor:
@@ -338,13 +338,13 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
         mine = unclaimed & ((unit == u) | (monitor.concept[watched] == u))
         if mine.sum() < 20:  # the names around them have come to claim them
             units.owner[u] = grow_prune.FREE
-            state.tell("released", unit=u, images=int(mine.sum()))
+            state.tell("released", unit=u, count=int(mine.sum()))
         else:
             speaks[mine] = u
     claims[speaks >= 0] = math.inf  # by the unnamed unit
     group = monitor.look(watched, claims, limit, watched_h, h[named], y[index[named]])
     if group is not None:
-        new, how = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
+        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
         alike = F.normalize(watched_h[group], dim=1)
@@ -352,10 +352,9 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
             "opened",
             unit=new,
             name=dataset.classes[int(kinds.argmax())],
-            images=len(group),
+            count=len(group),
             similarity=float((alike @ F.normalize(alike.mean(0), dim=0)).mean()),
             purity=float(kinds.max() / len(group)),
-            evidence=how,
         )
     seeds[watched] = torch.where(unclaimed & (speaks < 0), UNKNOWN, speaks)
     return seeds
@@ -402,7 +401,7 @@ def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, a
     test_h = evaluate.embed(state.average, dataset.test_x, bf16=bf16) if late else None
     for c in new:
         index = (now.labelled & (y == c)).nonzero()[:, 0]
-        event = {"name": dataset.classes[c], "images": len(index)}
+        event = {"name": dataset.classes[c], "count": len(index)}
         if c in late:
             few, was = few_labels(state, dataset, c, test_h, before, leak, bf16), said(state, test_h, before.taught)[1]
         if c in units.owner:  # known from the start
@@ -552,9 +551,9 @@ def progress_line(row: dict, epochs: int, rows: list[dict]) -> str:
 
 def event_line(event: dict) -> str:
     """An event of the head's life as one line under its epoch."""
-    parts = [f"unit {event['unit']}" if event["unit"] is not None else "", event["name"] or ""]
-    parts += [f"{event['images']} images" if event["images"] is not None else ""]
-    parts += [f"{100 * event['purity']:.0f} % pure" if event["purity"] is not None else "", event["evidence"] or ""]
+    parts = [f"unit {event['unit']}" if event["unit"] is not None else "", event["class"] or ""]
+    parts += [f"{event['count']} images" if event["count"] is not None else ""]
+    parts += [f"{100 * event['purity']:.0f} % pure" if event["purity"] is not None else ""]
     return f"         {event['event']}: {', '.join(part for part in parts if part)}"
 
 
