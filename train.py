@@ -159,16 +159,15 @@ def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
     return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
 
-def surroundings(state: State, dataset: data.Dataset, now: Pool, labelled: Tensor, seed: int, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What an image is compared with to see whether anybody claims it: indices int64 [M], embeddings [M,D], which are labelled [M].
+def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
+    """What an image is compared with to see whether anybody claims it: indices int64 [M].
 
-    The same random images every epoch, and all that are `labelled` (bool [N]).
+    The same random images every epoch, as far as they are there, and all that are `labelled` (bool [N]).
     """
     watched = torch.rand(len(labelled), generator=torch.Generator().manual_seed(seed)).argsort()[:WATCHED].to(labelled.device)
     chosen = labelled.clone()
     chosen[watched] = True
-    index = (chosen & now.active).nonzero()[:, 0]
-    return index, evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), labelled[index]
+    return (chosen & now.active).nonzero()[:, 0]
 
 
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
@@ -210,9 +209,12 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
 
         now, before = (pool(s, y, leak, classes, known, args.replay) for s in (stage, stages[epoch - 1] if epoch else NOTHING))
         welcome(state, dataset, now, before, bf16)  # new images join the memory
-        seeds = torch.full_like(y, -1)  # the unit that an image speaks for
-        if stage.discovery and "discovery" not in args.without:
-            seeds = discover(state, dataset, now, before, args, bf16)  # what nobody claims may open a unit
+        members, seeds, h = now.active.nonzero()[:, 0], torch.full_like(y, -1), None  # seeds: the unit that an image speaks for
+        if mix["propagation"] and now.taught.any():
+            part = evaluate.embed(state.average, images[members], bf16=bf16)
+            h = part.new_zeros(n, part.shape[1]).index_copy_(0, members, F.normalize(part, dim=1))
+            if stage.discovery and "discovery" not in args.without:
+                seeds = discover(state, dataset, now, before, h, args, bf16)  # what nobody claims may open a unit
         if epoch:
             name_classes(state, dataset, now, before, args, leak, bf16)  # the first labels of a class give it a unit
         if not stage.discovery:
@@ -221,15 +223,14 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         seeds[now.labelled] = unit_of[y[now.labelled]]
 
         # Neighbours: this epoch's clusters, and what the images that speak for a unit say about the rest.
-        members = now.active.nonzero()[:, 0]
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
-        if mix["propagation"]:
+        if h is not None:
             nobody = len(state.units.owner)  # stands for "unknown" among the votes
             spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
             pseudo[members], confidence[members] = losses.propagate_labels(
-                bank.rows[members], spoken, spoken >= 0, k=50, temperature=0.1, balance=True
+                h[members], spoken, spoken >= 0, k=50, temperature=0.1, balance=True
             )
             unknown = pseudo == nobody
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
@@ -317,19 +318,20 @@ def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, bf16: 
         state.tell("arrived", name=dataset.classes[c], count=int((new & (dataset.train_y == c)).sum()))
 
 
-def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, bf16: bool) -> Tensor:
+def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace, bf16: bool) -> Tensor:
     """Concept before name: images that no unit claims, epoch after epoch, and that resemble each other, get an unnamed unit.
 
+    h: unit embeddings [N,D] by the running mean, of the images that are there.
     Returns the unnamed unit that an image speaks for, UNKNOWN where it says that nobody knows it, -1 where it says nothing: int64 [N].
     """
     units, monitor, y = state.units, state.monitor, dataset.train_y
     seeds = torch.full_like(y, -1)
     if not before.labelled.any():
         return seeds
-    index, h, named = surroundings(state, dataset, now, before.labelled, args.seed, bf16)
-    watch = ~now.labelled[index]
-    watched, watched_h, unit = index[watch], h[watch], said(state, h[watch], before.taught)[0]
-    claims, limit = grow_prune.claim(watched_h, h, named), grow_prune.threshold(h, named)
+    index = surroundings(now, before.labelled, args.seed)
+    around, named, watched = h[index], before.labelled[index], index[~now.labelled[index]]
+    claims, limit = grow_prune.claim(h[watched], around, named), grow_prune.threshold(around, named)
+    unit = said(state, h[watched], before.taught)[0]
     unclaimed = claims < limit
 
     units.age = [age + 1 for age in units.age]
@@ -342,12 +344,12 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, args:
         else:
             speaks[mine] = u
     claims[speaks >= 0] = math.inf  # by the unnamed unit
-    group = monitor.look(watched, claims, limit, watched_h, h[named], y[index[named]])
+    group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
         new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
-        alike = F.normalize(watched_h[group], dim=1)
+        alike = h[watched[group]]
         state.tell(
             "opened",
             unit=new,
@@ -409,8 +411,9 @@ def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, a
             if args.new_unit == "imprint":
                 imprint(state, dataset, unit, index, before, bf16)
         else:
-            chosen = said(state, evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), before.taught)[0]
-            count = chosen.bincount(minlength=len(units.owner))
+            logits = evaluate.embed(state.average, dataset.train_x[index], "logits", bf16=bf16) - state.average.head.bias.detach()
+            nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
+            count = nearest.bincount(minlength=len(units.owner))
             unit = int(count.argmax())
             if units.owner[unit] == grow_prune.UNNAMED and 2 * count[unit] > len(index):
                 units.owner[unit], units.age[unit] = c, 0
@@ -468,9 +471,10 @@ def measure(
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
         if args.curriculum == "gradual":
-            around = surroundings(state, dataset, now, now.labelled, args.seed, bf16)[1:]
-            claims = grow_prune.claim(h, *around)
-            nobody = (claims < grow_prune.threshold(*around)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
+            index = surroundings(now, now.labelled, args.seed)
+            around, named = evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), now.labelled[index]
+            claims = grow_prune.claim(h, around, named)
+            nobody = (claims < grow_prune.threshold(around, named)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
             open_set, unknown = torch.where(met, right & ~nobody, nobody).float().mean().item(), share(nobody, ~met)
             here = met | (test_y < stage.classes)
             novelty = evaluate.novelty_auroc(-claims[here], ~met[here]) if (here & ~met).any() else None
