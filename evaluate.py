@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import model
-
 # Okabe & Ito's colours, which colour-blind people can tell apart, and markers so that colour is not needed.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#8B5A2B", "#999999")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
@@ -216,7 +214,7 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     """
     last = rows[-1]["epoch"]
     first_label = next((row["epoch"] for row in rows if row["labels"]), last + 1)
-    spans = [[(first_label, c, "")] for c in range(known)]  # of each unit: (from epoch, class or None, what happened)
+    spans = [[(first_label, c, "")] for c in range(rows[0]["units"])]  # of each unit: (from epoch, class or None, what happened)
     for event in events:
         if event["unit"] is not None:
             spans += [[] for _ in range(event["unit"] + 1 - len(spans))]
@@ -244,7 +242,7 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     x = [row["epoch"] for row in rows]
     arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
     for c in range(known, min(len(classes), known + 6)):
-        y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], last) else None for row in rows]
+        y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], 1) else None for row in rows]
         style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)
         axes[1].plot(x, [np.nan if v is None else v for v in y], label=f"accuracy, {classes[c]}", **style)
     for key, label, style in (
@@ -484,6 +482,8 @@ def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
 
     The outputs are compared and timed on 512 images of noise, in float32. Raises ValueError, in one line, if it cannot be done.
     """
+    import model
+
     try:
         whole = model.load(Path(folder) / "checkpoint.pt")
     except (OSError, KeyError, TypeError, RuntimeError) as error:

@@ -8,7 +8,7 @@
 
     grow_head(head, optimizer)                          # one more unit; the old ones do not notice
     masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
-    masks |= prune_filters(encoder, 0.3)                # and whole filters
+    dead = prune_filters(encoder, 0.3)                  # or whole filters
     apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
 
 Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Zhu & Gupta 2017, "To Prune,
@@ -120,7 +120,7 @@ class Units:
 
     owner: the class of each unit, or UNNAMED, or FREE
     utility [U]: running mean (0.99) of the probability that a unit was given, over the training images
-    age: epochs since each unit got its owner; below `mature` (3) a unit cannot be redundant
+    age: looks of the monitor since each unit got its owner; below `mature` (3) a unit cannot be redundant
     """
 
     def __init__(self, owner: Sequence[int], mature: int = 3, device: torch.device | str = "cpu"):

@@ -778,11 +778,44 @@ def test_first_sight_of_a_class_of_its_own():
     assert head.out_features == 3
 
 
+def nameless_state():
+    """A trainer's state, data and pools: classes 0 to 3 have labels for a tenth, class 4 has none, and h is what the network sees."""
+    h, y, labelled = crowd(5, 150, 0, 4)
+    dataset = data.Dataset(
+        torch.zeros(750, 3, 32, 32, dtype=torch.uint8), y, h, y, list("abcde"), (0.5,) * 3, (0.2,) * 3, True, True, (0.2, 1)
+    )
+    network = model.build("cnn", 4)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    monitor, units = grow_prune.ConfusionMonitor(750, patience=1, cooldown=0), grow_prune.Units(range(4))
+    state = train.State(network, copy.deepcopy(network), optimizer, losses.MemoryBank(750, 128), units, monitor)
+    now = train.Pool(torch.ones(750, dtype=torch.bool), labelled, torch.arange(5) < 4)
+    return state, dataset, now, F.normalize(F.pad(h, (0, 112)), dim=1)
+
+
+def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_used_again():
+    state, dataset, now, h = nameless_state()
+    args = train.parser().parse_args(["--new-unit", "random"])
+    seeds = train.discover(state, dataset, now, now, h, args, False)
+    founders = seeds == 4
+    assert state.units.owner == [0, 1, 2, 3, grow_prune.UNNAMED] and founders.sum() > 40 and (dataset.train_y[founders] == 4).all()
+    unknown = seeds == train.UNKNOWN
+    assert unknown.any() and not (unknown & now.labelled).any() and (dataset.train_y[unknown] == 4).float().mean() > 0.5
+    again = train.discover(state, dataset, now, now, h, args, False)
+    assert (again[founders] == 4).all() and state.events[0]["purity"] == 1  # a random unit keeps its founders
+    claimed = train.Pool(now.active, now.labelled | (founders & (torch.arange(750) % 2 == 0)), now.taught)
+    train.discover(state, dataset, claimed, claimed, h, args, False)
+    assert state.units.owner[4] == grow_prune.FREE and state.events[-1]["event"] == "released"
+    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now, args, False)
+    assert (unit, how) == (4, "recycled") and not (state.monitor.concept == 4).any()
+    train.forget_unnamed(state)
+    assert state.units.owner[4] == grow_prune.FREE
+
+
 def test_replay_keeps_exemplars_of_the_classes_seen_earlier():
     y = torch.arange(5).repeat_interleave(20)
     leak = data.leak_order(y, 0)
     for classes, named in ((3, 3), (4, 3), (5, 4)):
-        now = curriculum.Stage("", classes, named, 0.5, {}, 0.5, 0.0)
+        now = curriculum.Stage("", classes, named, 0.5, {}, 0.5, 0.0, latest=classes - 1)
         all_of_it, strict = train.pool(now, y, leak, 5, 3, None), train.pool(now, y, leak, 5, 3, 4)
         few = 20 if classes == 3 else 4
         assert y[all_of_it.active].bincount(minlength=5).tolist() == [20] * classes + [0] * (5 - classes)

@@ -2,7 +2,7 @@
 
 One loop: stage -> newcomers and names -> neighbours -> batch -> two views -> encode -> losses -> step -> masks and memory ->
 prune -> evaluate -> log -> checkpoint. What it calls is in the other modules, each of which can be used without this one.
-`python train.py --help` lists the flags; a run leaves args.json, log.csv, summary.json, checkpoint.pt and figures in its folder.
+`python train.py --help` lists the flags; a run leaves args.json, log.csv, events.csv, summary.json, checkpoint.pt and figures.
 """
 
 import argparse
@@ -53,7 +53,7 @@ EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # 
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
-VERSION = 2  # of the checkpoint; raise it when its contents change
+VERSION = 3  # of the checkpoint; raise it when its contents change
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -116,10 +116,10 @@ class Pool:
 
 
 def pool(stage: curriculum.Stage, y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> Pool:
-    """The images of a stage. replay: of classes that came before the latest late one, only so many exemplars remain."""
+    """The images of a stage. replay: of classes that came before the latest late ones, only so many exemplars remain."""
     active = y < stage.classes
     if replay is not None and stage.classes > known:
-        active &= (y == stage.classes - 1) | (leak < replay)
+        active &= (y >= stage.latest) | (leak < replay)
     labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named)) & active
     return Pool(active, labelled, y[labelled].bincount(minlength=classes) > 0)
 
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             if stage.discovery and "discovery" not in args.without:
                 seeds = discover(state, dataset, now, before, h, args, bf16)  # what nobody claims may open a unit
         if epoch:
-            name_classes(state, dataset, now, before, args, leak, bf16)  # the first labels of a class give it a unit
+            name_classes(state, dataset, now, before, seeds, leak, args, bf16)  # the first labels of a class give it a unit
         if not stage.discovery:
             forget_unnamed(state)
         unit_of = state.units.of_classes(classes)
@@ -338,7 +338,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     speaks = torch.full_like(watched, -1)  # the unnamed unit of an image: what it looks like, or what it helped to open
     for u in (u for u, owner in enumerate(units.owner) if owner == grow_prune.UNNAMED):
         mine = unclaimed & ((unit == u) | (monitor.concept[watched] == u))
-        if mine.sum() < 20:  # the names around them have come to claim them
+        if mine.sum() < 10:  # half of the fewest founders: names around them have come to claim them
             units.owner[u] = grow_prune.FREE
             state.tell("released", unit=u, count=int(mine.sum()))
         else:
@@ -347,6 +347,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
         new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
+        speaks[speaks == new] = -1  # if the unit was another concept's
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
         alike = h[watched[group]]
@@ -374,6 +375,7 @@ def open_unit(
 ) -> tuple[int, str]:
     """A unit for `owner` in the head and in its running mean, imprinted with the images `index`; "grown" or "recycled"."""
     unit, how = state.units.take(state.network.head, state.optimizer, owner)
+    state.monitor.concept[state.monitor.concept == unit] = -1  # what it stood for before
     if how == "grown":
         grow_prune.grow_head(state.average.head, None)
     for name, parameter in state.network.head.named_parameters():
@@ -395,7 +397,9 @@ def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known
     grow_prune.imprint(state.average.head, unit, h, other_h)
 
 
-def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, args: argparse.Namespace, leak: Tensor, bf16: bool) -> None:
+def name_classes(
+    state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace, bf16: bool
+) -> None:
     """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
     units, y = state.units, dataset.train_y
     new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
@@ -420,6 +424,7 @@ def name_classes(state: State, dataset: data.Dataset, now: Pool, before: Pool, a
                 state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
             else:
                 unit, how = open_unit(state, dataset, c, index, before, args, bf16)
+                seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
                 state.tell(how, unit=unit, **event)
         if c in late:
             taught = before.taught.clone()
@@ -597,7 +602,8 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
     }
     if last["accuracy"] is not None:
-        guess = said(state, test_h, y[budget].bincount(minlength=len(names)) > 0)[1]
+        taught = pool(stages[-1], y, leak, len(names), known, args.replay).taught
+        guess = said(state, test_h, taught)[1]
         pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
     for name, draw in pictures.items():
         draw(out / f"{name}.png")
@@ -699,7 +705,14 @@ def parser() -> Parser:
     add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
     add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
     add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
-    add("--without", nargs="+", default=[], choices=(*TERMS, "discovery"), metavar="PART", help=f"leave out: {', '.join(TERMS)}, discovery")
+    add(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=(*TERMS, "discovery"),
+        metavar="PART",
+        help=f"leave out: {', '.join(TERMS)}, discovery (which needs propagation)",
+    )
     add("--new-unit", default="imprint", metavar="HOW", help="how a unit begins: imprint (at the mean of its first images) or random")
     add("--replay", type=int, metavar="N", help="of classes seen earlier keep only N images each once a new class comes; all if not given")
     add = parser.add_argument_group("data").add_argument
