@@ -229,9 +229,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if h is not None:
             nobody = len(state.units.owner)  # stands for "unknown" among the votes
             spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
-            pseudo[members], confidence[members] = losses.propagate_labels(
-                h[members], spoken, spoken >= 0, k=50, temperature=0.1, balance=True
-            )
+            rows = F.normalize(torch.cat([bank.rows, h], dim=1)[members], dim=1)  # what is remembered and what is seen, equally
+            pseudo[members], confidence[members] = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True)
             unknown = pseudo == nobody
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
 
