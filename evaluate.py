@@ -405,10 +405,12 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
         key = json.dumps({k: v for k, v in sorted(args.items()) if k not in NOT_SETTINGS})
         groups.setdefault(key, []).append((args, summary))
     settings = [json.loads(key) for key in groups]
-    differing = [k for k in settings[0] if k != "curriculum" and len({json.dumps(s.get(k)) for s in settings}) > 1]
+    every = dict.fromkeys(k for s in settings for k in s if k != "curriculum")
+    differing = [k for k in every if len({json.dumps(s[k]) for s in settings if k in s}) > 1]
     result = {}
     for setting, runs in zip(settings, groups.values(), strict=True):
         name = " ".join([setting["curriculum"], *(f"{k.replace('_', '-')}={setting.get(k)}" for k in differing)])
+        name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
         values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s in runs], dtype=float) for c in COLUMNS}
         result[name] = {"runs": len(runs), "labels_used": runs[0][1]["labels_used"], **values}
     return result
