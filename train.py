@@ -608,7 +608,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         draw(out / f"{name}.png")
     write_json(out / "summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), known)}\n")
-    print(f"{out}/: summary.json log.csv checkpoint.pt {' '.join(f'{name}.png' for name in pictures)}")
+    print(f"{out}/: summary.json log.csv events.csv checkpoint.pt {' '.join(f'{name}.png' for name in pictures)}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
