@@ -784,12 +784,16 @@ def nameless_state():
     dataset = data.Dataset(
         torch.zeros(750, 3, 32, 32, dtype=torch.uint8), y, h, y, list("abcde"), (0.5,) * 3, (0.2,) * 3, True, True, (0.2, 1)
     )
+    h = F.normalize(F.pad(h, (0, 112)), dim=1)
+    torch.manual_seed(0)
     network = model.build("cnn", 4)
+    for c in range(4):  # a head that knows its classes
+        grow_prune.imprint(network.head, c, h[y == c])
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     monitor, units = grow_prune.ConfusionMonitor(750, patience=1, cooldown=0), grow_prune.Units(range(4))
     state = train.State(network, copy.deepcopy(network), optimizer, losses.MemoryBank(750, 128), units, monitor)
     now = train.Pool(torch.ones(750, dtype=torch.bool), labelled, torch.arange(5) < 4)
-    return state, dataset, now, F.normalize(F.pad(h, (0, 112)), dim=1)
+    return state, dataset, now, h
 
 
 def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_used_again():
