@@ -218,6 +218,16 @@ def class_subset(dataset: Dataset, per_class: int, seed: int) -> Dataset:
     return replace(dataset, train_x=dataset.train_x[keep], train_y=dataset.train_y[keep])
 
 
+def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
+    """A random `share` of each class's training images, always the same ones, in place of the test images.
+
+    Settings chosen by such images have not seen the test set.
+    """
+    order, y = leak_order(dataset.train_y, seed=2**20), dataset.train_y
+    held = label_mask(order, y, share, range(len(dataset.classes)))
+    return replace(dataset, train_x=dataset.train_x[~held], train_y=y[~held], test_x=dataset.train_x[held], test_y=y[held])
+
+
 def inject(dataset: Dataset, spec: str, root: str | Path = "data", download: bool = True) -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]", for instance "cifar100:wolf,tank".
 

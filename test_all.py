@@ -21,6 +21,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import augment
 import curriculum
@@ -1304,6 +1307,48 @@ def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
         ([tmp_path / "begun", "--compact", tmp_path / "small.pt"], "begun: no checkpoint.pt that can be read"),
     ):
         assert words in refused(capsys, evaluate.main, args)
+
+
+class StaysOn(TorchDispatchMode):
+    """Refuses every operation that puts its result on another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        assert all(t.device.type == self.device for t in tree_leaves(out) if torch.is_tensor(t) and t.ndim), operation
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_training_step_never_waits_for_the_device(device, monkeypatch):
+    """Fake tensors have a device and no values: a step that asks for a value, or leaves the device, fails on them.
+
+    Without a GPU the backward pass of the fake one is left out, for it needs a real stream; on the CPU it is there.
+    """
+    if device == "cuda":
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    n, classes = 300, 10
+    with FakeTensorMode(), torch.device(device):
+        y, x = torch.arange(n) % classes, torch.zeros(n, 3, 32, 32, dtype=torch.uint8)
+        dataset = data.Dataset(x, y, x, y, [], (), (), flip=True, color=True, scale=(0.2, 1.0))
+        network, average = (model.build("vgg-small", classes) for _ in range(2))
+        optimizer = torch.optim.SGD(train.parameter_groups(network), lr=0.01, momentum=0.9, nesterov=True)
+        bank, units = losses.MemoryBank(n, 128, device=device), grow_prune.Units(range(classes), device=device)
+        state = train.State(network, average, optimizer, bank, units, grow_prune.ConfusionMonitor(n, device=device))
+        state.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in network.encoder.named_parameters() if w.ndim > 1}
+        every, named = torch.ones(n, dtype=torch.bool), torch.ones(classes, dtype=torch.bool)
+        clusters = torch.zeros(3, n, dtype=torch.long)
+        lesson = train.Lesson(
+            dict.fromkeys(train.TERMS, 1.0), train.Pool(every, every, named), named, y, y, torch.ones(n), clusters, 64, 0.01
+        )
+        with StaysOn(device):
+            terms = train.learn(state, dataset, lesson, torch.arange(32), None, bf16=device == "cpu")
+        assert terms.keys() == set(train.TERMS)
+        with pytest.raises(DataDependentOutputException):  # what a step may not do
+            terms["ntxent"].item()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -115,6 +115,21 @@ class Pool:
     taught: Tensor  # the classes that have a label
 
 
+@dataclass
+class Lesson:
+    """What the images teach in an epoch. Of N images, U units:"""
+
+    mix: dict[str, float]  # weight of each term of the loss
+    now: Pool
+    in_use: Tensor  # bool [U], the units that take part
+    seeds: Tensor  # int64 [N], the unit that an image speaks for; -1 if it is silent, UNKNOWN
+    pseudo: Tensor  # int64 [N], the unit that the others vote for, or -1
+    confidence: Tensor  # [N], of these votes
+    clusters: Tensor | None  # int64 [H,N]
+    background: int  # rows of the bank that a loss looks at
+    pace: float  # of the running mean
+
+
 def pool(stage: curriculum.Stage, y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> Pool:
     """The images of a stage. replay: of classes that came before the latest late ones, only so many exemplars remain."""
     active = y < stage.classes
@@ -209,8 +224,10 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
 
         now, before = (pool(s, y, leak, classes, known, args.replay) for s in (stage, stages[epoch - 1] if epoch else NOTHING))
         welcome(state, dataset, now, before, bf16)  # new images join the memory
+        if not now.taught.any():
+            mix |= {"propagation": 0.0, "supervised": 0.0}
         members, seeds, h = now.active.nonzero()[:, 0], torch.full_like(y, -1), None  # seeds: the unit that an image speaks for
-        if mix["propagation"] and now.taught.any():
+        if mix["propagation"]:
             part = evaluate.embed(state.average, images[members], bf16=bf16)
             h = part.new_zeros(n, part.shape[1]).index_copy_(0, members, F.normalize(part, dim=1))
             if stage.discovery and "discovery" not in args.without:
@@ -235,46 +252,15 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
 
         network.train()
-        in_use = state.units.in_use(now.taught)
-        has_labels = bool(now.taught.any())
+        lesson = Lesson(mix, now, state.units.in_use(now.taught), seeds, pseudo, confidence, clusters, background, 1 / steps)
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            view1, view2 = augment.two_views(images[index], dataset.scale, dataset.flip, dataset.color, generator)
-            x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                _, z, logits = network(x)
-            z1, z2 = z.chunk(2)
-            index2 = index.repeat(2)  # (2B)
-
-            terms, found = {}, None
-            if mix["aggregation"] or mix["propagation"]:
-                found = losses.neighbours(z, index2, bank, now.active, background)
-            if mix["ntxent"]:
-                kind = torch.where(pseudo[index] >= 0, n + pseudo[index], index)  # of the same label, or the same image
-                terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
-            if mix["aggregation"]:
-                terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
-            if mix["propagation"] and has_labels:
-                onehot = one_hot(pseudo[index2], len(in_use))
-                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
-            if mix["supervised"] and has_labels:
-                onehot = one_hot(torch.where(now.labelled[index2], seeds[index2], -1), len(in_use))
-                terms["supervised"] = losses.supervised(logits, onehot, in_use)
-
-            if terms:
-                optimizer.zero_grad()
-                sum(mix[term] * loss for term, loss in terms.items()).backward()
-                optimizer.step()
-                grow_prune.apply_masks(network.encoder, state.masks)
-                model.follow(state.average, network, 1 - 1 / steps)
-            bank.update(index, z1.detach() + z2.detach())
-            if has_labels:
-                state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
+            terms = learn(state, dataset, lesson, index, generator, bf16)
             for term, loss in terms.items():
-                record[step, TERMS.index(term)] = loss.detach()
+                record[step, TERMS.index(term)] = loss
         stop_if_not_finite(record, network, epoch, stage.name)
 
         if stage.sparsity or args.prune_units:
@@ -295,6 +281,51 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     write_tables(out, state)  # a run stopped between its last checkpoint and here has none of that epoch yet
     finish(args, dataset, state, leak, stages, bf16, out)
     return 0
+
+
+def learn(
+    state: State, dataset: data.Dataset, lesson: Lesson, index: Tensor, generator: torch.Generator | None, bf16: bool
+) -> dict[str, Tensor]:
+    """One step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
+
+    Nothing in it waits for the device or depends on values, so that a GPU is never idle.
+    """
+    mix, now, in_use, network = lesson.mix, lesson.now, lesson.in_use, state.network
+    view1, view2 = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
+    x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        _, z, logits = network(x)
+    z1, z2 = z.chunk(2)
+    index2 = index.repeat(2)  # (2B)
+
+    terms, found = {}, None
+    if mix["aggregation"] or mix["propagation"]:
+        found = losses.neighbours(z, index2, state.bank, now.active, lesson.background)
+    if mix["ntxent"]:
+        pseudo = lesson.pseudo[index]
+        kind = torch.where(pseudo >= 0, len(lesson.pseudo) + pseudo, index)  # of the same label, or the same image
+        terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
+    if mix["aggregation"]:
+        terms["aggregation"] = losses.local_aggregation(z, index2, state.bank, lesson.clusters, found=found)
+    if mix["propagation"]:
+        onehot = one_hot(lesson.pseudo[index2], len(in_use))
+        terms["propagation"] = losses.propagation(
+            z, logits, index2, state.bank, lesson.pseudo, lesson.confidence, onehot, in_use, found=found
+        )
+    if mix["supervised"]:
+        onehot = one_hot(torch.where(now.labelled[index2], lesson.seeds[index2], -1), len(in_use))
+        terms["supervised"] = losses.supervised(logits, onehot, in_use)
+
+    if terms:
+        state.optimizer.zero_grad()
+        sum(mix[term] * loss for term, loss in terms.items()).backward()
+        state.optimizer.step()
+        grow_prune.apply_masks(network.encoder, state.masks)
+        model.follow(state.average, network, 1 - lesson.pace)
+    state.bank.update(index, z1.detach() + z2.detach())
+    if mix["propagation"] or mix["supervised"]:
+        state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
+    return {term: loss.detach() for term, loss in terms.items()}
 
 
 def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -723,6 +754,7 @@ def parser() -> Parser:
     )
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are, or are downloaded to")
     add("--per-class", type=int, metavar="N", help="use only N training images of each class; all if not given")
+    add("--validate", action="store_true", help="measure on a tenth of the training images, held out, instead of the test images")
     add("--inject", metavar="DATASET:CLASS,...", help="classes of another data set that arrive last, e.g. cifar100:wolf,tank")
     add = parser.add_argument_group("network and optimiser (defaults by data set)").add_argument
     add("--model", metavar="NAME", help=f"{', '.join(model.CONFIGS)}, or a torchvision classification model")
@@ -839,6 +871,8 @@ def load(args: argparse.Namespace) -> data.Dataset:
     own = len(dataset.classes)
     if args.inject:
         dataset = data.inject(dataset, args.inject, args.data_dir)
+    if args.validate:
+        dataset = data.hold_out(dataset)
     if args.per_class:
         dataset = data.class_subset(dataset, args.per_class, args.seed)
     if args.known_classes is None:

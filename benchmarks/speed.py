@@ -131,54 +131,37 @@ def simclr(job: Job) -> Iterator[None]:
 
 
 def gradual(job: Job) -> Iterator[None]:
-    """c: the loop of train.py at the end of its curriculum. Clusters and votes are random; what they are costs the step nothing."""
+    """c: the step of train.py at the end of its curriculum. Clusters and votes are random; what they are costs the step nothing."""
     device, n = torch.device(job.device), job.n
-    network, optimizer, autocast = ours(job)
+    network, optimizer, _ = ours(job)
     images, y = job.tensors()
+    dataset = data.Dataset(images, y, images, y, [], (), (), flip=True, color=True, scale=(0.2, 1.0))
     stage = curriculum.stage("gradual", 99, 100, 10, 7, 0.1, 0.8)
-    mix = stage.mix
-    active = y < stage.classes
     labelled = data.label_mask(data.leak_order(y, 0), y, stage.label_fraction, range(stage.named))
-    in_use = torch.ones(10, dtype=torch.bool, device=device)
-    bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
-    clusters = torch.randint(max(2, round(n / 42)), (3, n), device=device)
-    pseudo, confidence = torch.where(labelled, y, torch.randint_like(y, 10)), torch.rand(n, device=device)
-    background = max(16, round(0.0064 * n))
-    masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
-    average, units = copy.deepcopy(network), grow_prune.Units(range(10), device=device)
+    everything, units = torch.ones(n, dtype=torch.bool, device=device), grow_prune.Units(range(10), device=device)
+    bank, monitor = losses.MemoryBank(n, network.projector[-1].out_features, device=device), grow_prune.ConfusionMonitor(n, device=device)
+    state = train.State(network, copy.deepcopy(network), optimizer, bank, units, monitor)
+    state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
+    lesson = train.Lesson(
+        mix=stage.mix,
+        now=train.Pool(everything, labelled, torch.ones(10, dtype=torch.bool, device=device)),
+        in_use=torch.ones(10, dtype=torch.bool, device=device),
+        seeds=y,
+        pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
+        confidence=torch.rand(n, device=device),
+        clusters=torch.randint(max(2, round(n / 42)), (3, n), device=device),
+        background=max(16, round(0.0064 * n)),
+        pace=0.01,
+    )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     while True:
-        for step, index in enumerate(data.batches(active, labelled, job.batch_size, 100, stage.labelled_share, draws)):
+        for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             for group in optimizer.param_groups:
                 group["lr"] = train.learning_rate(0.7, 0.01)
-            view1, view2 = augment.two_views(images[index], generator=generator)
-            x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
-            with autocast:
-                _, z, logits = network(x)
-            z1, z2 = z.chunk(2)
-            index2 = index.repeat(2)
-            terms = {}
-            found = losses.neighbours(z, index2, bank, active, background)
-            if mix["ntxent"]:
-                terms["ntxent"] = losses.nt_xent(z1, z2)
-            if mix["aggregation"]:
-                terms["aggregation"] = losses.local_aggregation(z, index2, bank, clusters, found=found)
-            if mix["propagation"]:
-                onehot = train.one_hot(pseudo[index2], len(in_use))
-                terms["propagation"] = losses.propagation(z, logits, index2, bank, pseudo, confidence, onehot, in_use, found=found)
-            if mix["supervised"]:
-                onehot = train.one_hot(torch.where(labelled[index2], y[index2], -1), len(in_use))
-                terms["supervised"] = losses.supervised(logits, onehot, in_use)
-            optimizer.zero_grad()
-            sum(mix[term] * loss for term, loss in terms.items()).backward()
-            optimizer.step()
-            grow_prune.apply_masks(network.encoder, masks)
-            model.follow(average, network, 0.99)
-            bank.update(index, z1.detach() + z2.detach())
-            units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
+            terms = train.learn(state, dataset, lesson, index, generator, train.has_bf16(device))
             for term, loss in terms.items():
-                record[step, train.TERMS.index(term)] = loss.detach()
+                record[step, train.TERMS.index(term)] = loss
             yield
 
 
