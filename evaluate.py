@@ -280,6 +280,9 @@ def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
     save(fig, path)
 
 
+METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+
+
 def project(h: Tensor, method: str = "tsne") -> np.ndarray:
     """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap". Raises ValueError if umap-learn is not installed."""
     unit = F.normalize(h.float(), dim=1).cpu().numpy()
@@ -298,27 +301,46 @@ def project(h: Tensor, method: str = "tsne") -> np.ndarray:
     return PCA(2, random_state=0).fit_transform(unit)
 
 
+def scatter(ax, points: np.ndarray, y: np.ndarray, classes: Sequence[str], known: int, size: float, seen: int | None = None) -> None:
+    """Points [N,2] of classes y [N], one colour and marker a class; late ones have an outline, those not `seen` yet are grey."""
+    for c, name in enumerate(classes):
+        colour = COLOURS[c % len(COLOURS)] if seen is None or c < seen else "#D5D5D5"
+        edge = dict(edgecolors="black" if colour != "#D5D5D5" else "#AAAAAA", linewidths=0.5) if c >= known else dict(linewidths=0)
+        marker = MARKERS[(c + c // len(COLOURS)) % len(MARKERS)]
+        label = f"{name} (late)" if c >= known else name
+        ax.scatter(*points[y == c].T, s=size, color=colour, marker=marker, alpha=0.8, label=label, **edge)
+    ax.set(xticks=[], yticks=[])
+
+
 def draw_embedding(
     h: Tensor, y: Tensor, classes: Sequence[str], path: str | Path, method: str = "tsne", known: int | None = None, sample: int = 2000
 ) -> None:
-    """A random sample of the embeddings in two dimensions, one colour and marker a class; late classes are filled darker."""
+    """A random sample of the embeddings in two dimensions, one colour and marker a class; late classes have an outline."""
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(y))[:sample])
     points, y = project(h[chosen.to(h.device)], method), y.cpu()[chosen].numpy()
     fig, ax = figure(8, 6.2)
-    for c, name in enumerate(classes):
-        late = known is not None and c >= known
-        mine = points[y == c]
-        colour, marker = COLOURS[c % len(COLOURS)], MARKERS[(c + c // len(COLOURS)) % len(MARKERS)]
-        edge = dict(edgecolors="black", linewidths=0.5) if late else dict(linewidths=0)
-        label = None if len(classes) > 20 else f"{name} (late)" if late else name
-        ax.scatter(*mine.T, s=20, color=colour, marker=marker, alpha=0.8, label=label, **edge)
-        if len(mine) and len(classes) <= 20:
-            box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
-            ax.text(*np.median(mine, 0), name, ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
-    kind = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}[method]
-    ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({kind})", xticks=[], yticks=[])
+    scatter(ax, points, y, classes, len(classes) if known is None else known, 20)
     if len(classes) <= 20:
+        for c in np.unique(y):
+            box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
+            centre = np.median(points[y == c], 0)
+            ax.text(*centre, classes[c], ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})")
+    save(fig, path)
+
+
+def draw_story(looks: list[dict], y: Tensor, classes: Sequence[str], known: int, path: str | Path, method: str = "tsne") -> None:
+    """The same test images in the course of training, a panel for every look: {"name", "epoch", "classes" there so far, "h" [N,D]}."""
+    y = y.cpu().numpy()
+    fig, axes = figure(3.1 * len(looks), 3.9, 1, len(looks), squeeze=False)
+    for ax, look in zip(axes[0], looks, strict=True):
+        scatter(ax, project(look["h"], method), y, classes, known, 12, look["classes"])
+        ax.set_title(look["name"] + (f", epoch {look['epoch']}" if look["epoch"] else ""))
+    if len(classes) <= 20:
+        handles, names = axes[0, -1].get_legend_handles_labels()
+        fig.legend(handles, names, loc="outside lower center", ncol=min(len(classes), 10), frameon=False)
+    fig.suptitle(f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]}); grey: classes not met yet", fontsize=11)
     save(fig, path)
 
 

@@ -231,6 +231,20 @@ def test_inject_appends_late_classes(tmp_path):
         data.inject(base, f"folder:{root}:bees")
 
 
+def test_held_out_images_are_training_images_and_no_longer_among_them():
+    d = data.load_dataset("digits")
+    h = data.hold_out(d, 0.1)
+    assert torch.equal(h.test_x, data.hold_out(d, 0.1).test_x)
+    assert len(h.train_y) + len(h.test_y) == len(d.train_y)
+    share = h.test_y.bincount() / d.train_y.bincount()
+    assert ((share - 0.1).abs() < 0.01).all()
+    images = [
+        {(bytes(x.numpy().tobytes()), int(c)) for x, c in zip(*part, strict=True)}
+        for part in ((d.train_x, d.train_y), (h.train_x, h.train_y), (h.test_x, h.test_y))
+    ]
+    assert images[1] | images[2] == images[0] and not images[1] & images[2]
+
+
 def test_subset_and_reorder():
     d = data.class_subset(data.load_dataset("digits"), 30, seed=0)
     assert d.train_y.bincount().tolist() == [30] * 10
@@ -1138,6 +1152,7 @@ BAD_VALUES = {
     "--device warp": "--device 'warp' cannot be used",
     "--device cuda:99": "--device 'cuda:99' cannot be used",
     "--device meta": "--device 'meta' cannot be used",
+    "--seeds 0": "--seeds must be in 1..",
     "--inject digits": "must be DATASET:class",
     "--inject digits:": "must be DATASET:class",
     "--inject :wolf": "must be DATASET:class",
@@ -1291,6 +1306,21 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(runs, capsys, tmp_path, s
     before = contents(out)
     assert words in refused(capsys, train.main, ["--resume", "--out", out, *flags.split()])
     assert contents(out) == before
+
+
+def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp_path):
+    command = [*TINY, "--curriculum", "labels-only", "--seeds", "2", "--seed", "3", "--epochs", "2", "--out", str(tmp_path / "both")]
+    assert train.main(command) == 0
+    assert "labels-only     2" in capsys.readouterr().out
+    first, second = (contents(tmp_path / f"both/labels-only-s{seed}") for seed in (3, 4))
+    assert json.loads((tmp_path / "both/labels-only-s4/args.json").read_text())["class_order"] == 1
+    shutil.rmtree(tmp_path / "both/labels-only-s4")
+    assert "is not empty" in refused(capsys, train.main, command)
+    assert train.main([*command, "--resume"]) == 0
+    assert "labels-only-s3 is finished" in capsys.readouterr().out
+    assert contents(tmp_path / "both/labels-only-s3") == first
+    assert contents(tmp_path / "both/labels-only-s4").keys() == second.keys()
+    assert "unknown --curriculum 'none'" in refused(capsys, train.main, ["--curriculum", "none", "--seeds", "2"])
 
 
 def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):

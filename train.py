@@ -11,6 +11,7 @@ import csv
 import ctypes
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -53,7 +54,7 @@ EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # 
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
-VERSION = 3  # of the checkpoint; raise it when its contents change
+VERSION = 4  # of the checkpoint; raise it when its contents change
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -73,8 +74,9 @@ class State:
     rows: list[dict] = field(default_factory=list)  # of log.csv
     events: list[dict] = field(default_factory=list)  # of events.csv
     first_sight: list[dict] = field(default_factory=list)  # how each late class was recognised when its first labels came
+    looks: list[dict] = field(default_factory=list)  # how some test images lay before the first epoch and after each stage
 
-    PARTS = ("masks", "rows", "events", "first_sight")
+    PARTS = ("masks", "rows", "events", "first_sight", "looks")
 
     def pack(self, args: argparse.Namespace) -> dict:
         """Plain values and tensors."""
@@ -251,6 +253,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             unknown = pseudo == nobody
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
 
+        if not epoch:
+            look(state, dataset, "before", stage.classes, bf16)
         network.train()
         lesson = Lesson(mix, now, state.units.in_use(now.taught), seeds, pseudo, confidence, clusters, background, 1 / steps)
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
@@ -273,6 +277,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         row |= {f"loss_{t}": loss if t in terms else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
+        if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
+            look(state, dataset, stage.name, stage.classes, bf16)
         write_checkpoint(out / "checkpoint.pt", state.pack(args))
         write_tables(out, state)
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
@@ -538,6 +544,17 @@ def measure(
     }
 
 
+def look(state: State, dataset: data.Dataset, name: str, classes: int, bf16: bool) -> None:
+    """Keep the embeddings of a few test images, for a picture of how they came to lie where they do."""
+    h = evaluate.embed(state.average, dataset.test_x[glance(dataset)], bf16=bf16).half().cpu()
+    state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h})
+
+
+def glance(dataset: data.Dataset, count: int = 500) -> Tensor:
+    """`count` random test images, always the same: int64 [count]."""
+    return torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(1))[:count].to(dataset.test_y.device)
+
+
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
     """Raises FloatingPointError with the first step and loss term, or the weight, that is not finite. record: [steps, terms]."""
     bad = (~record.isfinite()).nonzero()
@@ -630,6 +647,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "curriculum": lambda path: evaluate.draw_curricula({args.curriculum: stages}, path),
         "life": lambda path: evaluate.draw_life(rows, state.events, names, known, path),
         "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
+        "story": lambda path: evaluate.draw_story(state.looks, test_y[glance(dataset)], names, known, path, args.embedding),
     }
     if last["accuracy"] is not None:
         taught = pool(stages[-1], y, leak, len(names), known, args.replay).taught
@@ -731,7 +749,7 @@ def parser() -> Parser:
     """Every flag, with its unit and its default."""
     parser = Parser(description="Gradual supervision of an image encoder.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what is taught").add_argument
-    add("--curriculum", default="gradual", metavar="NAME", help=", ".join(curriculum.CURRICULA))
+    add("--curriculum", default="gradual", metavar="NAME", help=f"{', '.join(curriculum.CURRICULA)}; all: one after the other")
     add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
     add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
     add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
@@ -765,6 +783,7 @@ def parser() -> Parser:
     add("--prune-units", type=float, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
+    add("--seeds", type=int, default=1, metavar="N", help="N runs, with --seed and --class-order and the next ones, and their comparison")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="compile the encoder: a slow first step, faster ones after it")
     add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
@@ -782,7 +801,7 @@ def one_of(flag: str, value: str, known: tuple[str, ...] | list[str]) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Every flag that can be judged without the data. Raises ValueError, in one line."""
-    one_of("curriculum", args.curriculum, list(curriculum.CURRICULA))
+    one_of("curriculum", args.curriculum, [*curriculum.CURRICULA, "all"])
     one_of("embedding", args.embedding, ["pca", "tsne", "umap"])
     one_of("new-unit", args.new_unit, ["imprint", "random"])
     if args.embedding == "umap" and importlib.util.find_spec("umap") is None:
@@ -790,7 +809,16 @@ def check(args: argparse.Namespace) -> None:
     if not args.dataset.startswith("folder:"):
         one_of("dataset", args.dataset, ["auto", *data.DATASETS, "folder:PATH"])
     fractions = (("label_budget", 0, 1), ("prune", 0, 1), ("prune_units", 0, 1), ("lr", 1e-6, 1000))
-    counts = (("known_classes", 1), ("per_class", 1), ("replay", 1), ("epochs", 1), ("batch_size", 2), ("seed", 0), ("class_order", 0))
+    counts = (
+        ("seeds", 1),
+        ("known_classes", 1),
+        ("per_class", 1),
+        ("replay", 1),
+        ("epochs", 1),
+        ("batch_size", 2),
+        ("seed", 0),
+        ("class_order", 0),
+    )
     for name, low, high in (*fractions, *((name, low, 2**31 - 1) for name, low in counts)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -845,12 +873,16 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)}); try --device cpu") from None
 
 
+def new_folder(stem: str) -> Path:
+    """`stem`, or the first of `stem`-2, `stem`-3, ... that is not there yet."""
+    names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
+    return next(name for name in names if not name.exists())
+
+
 def run_folder(args: argparse.Namespace) -> Path:
     """A new run folder, with args.json in it. Raises ValueError if it cannot be written."""
     if args.out is None:
-        stem = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
-        names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
-        out = next(name for name in names if not name.exists())
+        out = new_folder(f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}")
     else:
         out = Path(args.out)
     try:
@@ -934,6 +966,28 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     return args, dataset, device, out, checkpoint
 
 
+def several(args: argparse.Namespace, argv: list[str]) -> int:
+    """All curricula, or all seeds, one run after the other, each in a folder of its own, and their comparison. The exit status."""
+    check(argparse.Namespace(**vars(args) | {"curriculum": "gradual"}) if args.curriculum == "all" else args)
+    out = Path(args.out) if args.out else new_folder(f"runs/{args.curriculum}")
+    names = list(curriculum.CURRICULA) if args.curriculum == "all" else [args.curriculum]
+    folders = []
+    for i, name in itertools.product(range(args.seeds), names):
+        folders.append(out / f"{name}-s{args.seed + i}")
+        flags = ["--curriculum", name, "--seeds", "1", "--seed", args.seed + i, "--class-order", args.class_order + i, "--out", folders[-1]]
+        begun = (folders[-1] / "args.json").exists()
+        print(f"\n{len(folders)} of {args.seeds * len(names)}: {folders[-1]}", flush=True)
+        status = main([flag for flag in argv if flag != "--resume" or begun] + [str(flag) for flag in flags])
+        if status:
+            print(f"for the rest: the same command with --resume --out {out}", file=sys.stderr)
+            return status
+    result = evaluate.compare(folders)
+    print("\n" + evaluate.comparison_table(result))
+    evaluate.draw_comparison(result, out / "comparison.png")
+    print(f"\nDrawn to {out / 'comparison.png'}.")
+    return 0
+
+
 def way_on(args: argparse.Namespace | None) -> str:
     """What a run that was stopped tells its reader."""
     begun = args is not None and args.out is not None and (Path(args.out) / "args.json").exists()
@@ -948,6 +1002,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume and args.out is None:
             raise ValueError("--resume needs --out, the folder of the run to go on with")
         tune_machine(args.deterministic)
+        if args.curriculum == "all" or args.seeds > 1:
+            return several(args, sys.argv[1:] if argv is None else argv)
         ready = resume(args, argv) if args.resume else start(args)
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)

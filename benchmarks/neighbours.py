@@ -2,13 +2,14 @@
 
     python benchmarks/neighbours.py                     # writes results/neighbours.json and results/neighbours.png
 
-The settings are those of train.py: N unit rows of width 128, N / 42 clusters three times over, max(16, 0.0064 N) background
-neighbours, a batch of 128 images in two views, labels for 10 %. The rows are random directions, the worst case for a search.
+The settings are those of train.py with vgg-small: N unit rows of width 128, N / 42 clusters three times over, max(16, 0.0064 N)
+background neighbours, a batch of 128 images in two views, labels for 10 %; the votes go by the rows and the embeddings (256)
+together, put side by side in the call. All are random directions, the worst case for a search.
 
     bank update          a step     scatter the batch into the memory bank
     local aggregation    a step     forward and backward
     clustering           an epoch   three k-means of ten rounds              KMeans(n_init=3, max_iter=10, tol=0)
-    propagation          an epoch   a vote of the ten nearest labelled rows  KNeighborsClassifier(10), LabelSpreading("knn")
+    propagation          an epoch   a vote of the 50 nearest labelled rows   KNeighborsClassifier(50), LabelSpreading("knn")
 
 An epoch has N / 128 steps; what is done once an epoch is also given a step. (KNeighborsClassifier is the vote alone, without
 the densities; LabelSpreading is the global method.)
@@ -36,6 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import losses  # noqa: E402
 import train  # noqa: E402
 
-DIM, BATCH, CLASSES, PER_CLUSTER = 128, 128, 10, 42
+DIM, SEEN, BATCH, CLASSES, PER_CLUSTER, VOTERS = 128, 256, 128, 10, 42, 50
 OURS = {"bank update": "step", "local aggregation": "step", "clustering": "epoch", "propagation": "epoch"}
 THEIRS = {"KMeans": "clustering", "KNeighborsClassifier": "propagation", "LabelSpreading": "propagation"}
 COLOURS = {"bank update": "#0072B2", "local aggregation": "#E69F00", "clustering": "#009E73", "propagation": "#D55E00"}  # Okabe & Ito
@@ -55,9 +57,9 @@ MARKERS |= {"KMeans": "v", "KNeighborsClassifier": "P", "LabelSpreading": "X"}
 # ---- one measurement, in a process of its own -----------------------------------------------------------------------
 
 
-def unit_rows(n: int) -> Tensor:
-    """Random directions [n,DIM], normalised in place so that nothing larger was ever held."""
-    rows = torch.randn(n, DIM, generator=torch.Generator().manual_seed(0))
+def unit_rows(n: int, dim: int = DIM) -> Tensor:
+    """Random directions [n,dim], normalised in place so that nothing larger was ever held."""
+    rows = torch.randn(n, dim, generator=torch.Generator().manual_seed(dim))
     for part in rows.split(1000):
         part /= part.norm(dim=1, keepdim=True)
     return rows
@@ -82,10 +84,17 @@ def operation(name: str, n: int) -> Callable[[], object]:
         return lambda: losses.local_aggregation(z, index2, bank, clusters, background).backward()
     if name == "clustering":
         return lambda: losses.clusterings(rows, torch.ones(n, dtype=torch.bool), k, generator=generator)
+    h = unit_rows(n, SEEN)
     if name == "propagation":
-        return lambda: losses.propagate_labels(rows, y, labelled, balance=True)
+
+        def vote():
+            both = F.normalize(torch.cat([rows, h], dim=1), dim=1)
+            losses.propagate_labels(both, y, labelled, k=VOTERS, temperature=0.1, balance=True)
+
+        return vote
 
     x, targets, known = rows.numpy(), y.numpy(), labelled.numpy()
+    both = torch.cat([rows, h], dim=1).numpy() if name != "KMeans" else None
     if name == "KMeans":
         from sklearn.cluster import KMeans
 
@@ -93,11 +102,11 @@ def operation(name: str, n: int) -> Callable[[], object]:
     if name == "KNeighborsClassifier":
         from sklearn.neighbors import KNeighborsClassifier
 
-        return lambda: KNeighborsClassifier(10, weights="distance").fit(x[known], targets[known]).predict_proba(x)
+        return lambda: KNeighborsClassifier(VOTERS, weights="distance").fit(both[known], targets[known]).predict_proba(both)
     from sklearn.semi_supervised import LabelSpreading
 
     targets[~known] = -1
-    return lambda: LabelSpreading("knn", n_neighbors=10).fit(x, targets)
+    return lambda: LabelSpreading("knn", n_neighbors=VOTERS).fit(both, targets)
 
 
 def resident() -> tuple[float, float]:
@@ -255,7 +264,8 @@ def main() -> None:
 
     prefix = Path(args.out_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"dim": DIM, "batch_size": BATCH, "per_cluster": PER_CLUSTER, "labels": 0.1, "limit": args.limit}
+    settings = {"dim": DIM, "seen": SEEN, "voters": VOTERS, "batch_size": BATCH, "per_cluster": PER_CLUSTER}
+    settings |= {"labels": 0.1, "limit": args.limit}
     command = shlex.join(["python", "benchmarks/neighbours.py", *sys.argv[1:]])
     content = {"command": command, "machine": machine, "settings": settings, "results": results, "exponents": exponents}
     train.write_json(Path(f"{prefix}.json"), content)
