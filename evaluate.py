@@ -417,7 +417,7 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
 
 
 def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
-    """Group runs by their settings, seeds apart: {name: {"runs": n, column: values [n], ...}}, in the order given.
+    """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
 
     The name is the curriculum, followed by the settings in which the groups differ. A figure that a run does not have is NaN.
     """
@@ -434,7 +434,7 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
         name = " ".join([setting["curriculum"], *(f"{k.replace('_', '-')}={setting.get(k)}" for k in differing)])
         name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
         values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s in runs], dtype=float) for c in COLUMNS}
-        result[name] = {"runs": len(runs), "labels_used": runs[0][1]["labels_used"], **values}
+        result[name] = {"settings": setting, "runs": len(runs), "labels_used": runs[0][1]["labels_used"], **values}
     return result
 
 
@@ -501,6 +501,36 @@ def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
     save(fig, path)
 
 
+def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
+    """Accuracy against the label budget, a line for all that differs in nothing else; False if there is no such pair.
+
+    Of the head, or, where no label is learned, of a linear probe on the labels of the budget.
+    """
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for row in result.values():
+        setting = dict(row["settings"])
+        budget = setting.pop("label_budget")
+        column, what = ("probe_leaked", ", then a probe") if np.isnan(row["accuracy"]).all() else ("accuracy", "")
+        key = json.dumps([setting["curriculum"] + what, setting])
+        lines.setdefault(key, []).append((100 * budget, *(100 * value for value in spread(row[column]))))
+    lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    fig, ax = figure(6.5, 4.2)
+    for i, (key, points) in enumerate(lines.items()):
+        x, mean, std = np.array(points).T
+        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
+        ax.errorbar(x, mean, np.nan_to_num(std), label=json.loads(key)[0], **style)
+    ticks = sorted({x for points in lines.values() for x, _, _ in points})
+    ax.set(xscale="log", xlabel="labelled images, % of each class", ylabel="test accuracy, %")
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    save(fig, path)
+    return True
+
+
 def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
     """Write the network of a run without its dead filters, for `model.load`; what became of it, in one line.
 
@@ -546,11 +576,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         result = compare(args.runs)
         print(comparison_table(result))
+        drawn = [args.out]
         draw_comparison(result, args.out)
+        budgets = Path(args.out).with_name("budgets.png")
+        drawn += [budgets] if draw_budgets(result, budgets) else []
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"\nDrawn to {args.out}.")
+    print(f"\nDrawn to {' and '.join(map(str, drawn))}.")
     return 0
 
 

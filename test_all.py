@@ -1323,6 +1323,15 @@ def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp
     assert "unknown --curriculum 'none'" in refused(capsys, train.main, ["--curriculum", "none", "--seeds", "2"])
 
 
+def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path):
+    shutil.copytree(runs / "gradual", tmp_path / "less")
+    args = json.loads((tmp_path / "less/args.json").read_text())
+    (tmp_path / "less/args.json").write_text(json.dumps(args | {"label_budget": args["label_budget"] / 2}))
+    assert evaluate.main([str(f) for f in (runs / "gradual", tmp_path / "less", "--out", tmp_path / "two.png")]) == 0
+    assert (tmp_path / "budgets.png").exists()
+    assert not evaluate.draw_budgets(evaluate.compare([runs / "gradual", runs / "self"]), tmp_path / "none.png")
+
+
 def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
     shutil.copytree(runs / "self", tmp_path / "torn")
     (tmp_path / "torn/summary.json").write_text("{")
@@ -1379,6 +1388,25 @@ def test_a_training_step_never_waits_for_the_device(device, monkeypatch):
         assert terms.keys() == set(train.TERMS)
         with pytest.raises(DataDependentOutputException):  # what a step may not do
             terms["ntxent"].item()
+
+
+def test_growth_does_not_compile_the_encoder_again():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    network = model.build("cnn", 7)
+    network.encoder.compile(backend=backend)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(torch.rand(4, 3, 32, 32))[2].mean().backward()
+        optimizer.step()
+        grow_prune.grow_head(network.head, optimizer)
+    assert len(graphs) == 1 and network.head.out_features == 10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

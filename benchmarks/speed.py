@@ -3,6 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py                                   # all three networks, on the GPU if there is one
     python benchmarks/speed.py --models vgg-small --sizes        # and the cost against the number of training images
+    python benchmarks/speed.py --models vgg-small --run          # and a whole short run on all of CIFAR-10
 
     a    the network alone: both views ready in memory, forward, backward, step, in our precision
     b    a and our two views and NT-Xent: SimCLR
@@ -28,6 +29,7 @@ import resource
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -389,6 +391,40 @@ def views(images: np.ndarray, rounds: int) -> dict:
     return results | {"ratio": ratio(results, "batched", "torchvision")}
 
 
+def whole_run(name: str, epochs: int, batch_size: int, pipe) -> None:
+    """The gradual curriculum on all of CIFAR-10 in this process: where its time goes, and the most memory it holds.
+
+    start_up: seconds from the start of the process to the end of the first step, Python's imports and reading the images included.
+    """
+    began, spent = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + start_of_process(), {}
+
+    def timed(what: str, function):
+        def call(*args):
+            start = time.perf_counter()
+            result = function(*args)
+            spent[what] = spent.get(what, 0.0) + time.perf_counter() - start
+            spent.setdefault("start_up", time.time() - began)
+            return result
+
+        return call
+
+    for what in ("learn", "measure", "look", "finish"):
+        setattr(train, what, timed(what, getattr(train, what)))
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--dataset", "cifar10", "--data-dir", ROOT / "data", "--model", name, "--epochs", epochs, "--batch-size", batch_size]
+        start = time.perf_counter()
+        status = train.main([str(flag) for flag in [*flags, "--out", Path(folder) / "run"]])
+        seconds = time.perf_counter() - start
+    evaluation = spent["measure"] + spent["look"] + spent["finish"]
+    shares = {"training_steps": spent["learn"] / seconds, "evaluation": evaluation / seconds}
+    pipe.send({"status": status, "start_up": spent["start_up"], "seconds": seconds, "shares": shares, "peak_mb": resident()[0]})
+
+
+def start_of_process() -> float:
+    """Seconds from the start of the machine to the start of this process (Linux)."""
+    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
 # ---- what people see ------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +482,14 @@ def main() -> None:
     add("--batch-size", type=int, default=128, metavar="N", help="images a step; each is seen in two views")
     sizes = [1_000, 10_000, 50_000, 200_000]
     add("--sizes", type=int, nargs="*", metavar="N", help=f"also the gradual step with N training images; {sizes} if none is named")
+    add(
+        "--run",
+        type=int,
+        nargs="?",
+        const=4,
+        metavar="EPOCHS",
+        help="also a whole run on all of CIFAR-10, batch 256; 4 epochs if not given",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=ROOT / "results" / "speed.json", metavar="FILE", help="where the figures go")
     args = parser.parse_args()
@@ -489,6 +533,19 @@ def main() -> None:
             measured = alternate({f"{n}": job("c", name, n) for n in args.sizes or sizes}, args.rounds)
             show(f"{name}: gradual step with N images", measured, {})
             results["sizes"][name] = measured
+
+    if args.run:
+        results["runs"] = {}
+        for name in args.models:
+            context = get_context("spawn")
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=whole_run, args=(name, args.run, 256, theirs))
+            process.start()
+            results["runs"][name] = run = pipe.recv() | {"epochs": args.run, "batch_size": 256}
+            process.join()
+            print(f"\n{name}: {run['epochs']} epochs of all of CIFAR-10, batch {run['batch_size']}: {run['seconds']:.0f} s")
+            print(f"  from the start of Python to the end of the first step {run['start_up']:.1f} s, peak {run['peak_mb']:.0f} MB")
+            print("  " + ", ".join(f"{what.replace('_', ' ')} {100 * share:.1f} %" for what, share in run["shares"].items()))
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     train.write_json(args.out, results)
