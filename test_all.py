@@ -442,6 +442,20 @@ def test_local_aggregation_is_its_definition(n, b, k, repeats):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
+def test_of_a_large_bank_every_row_is_looked_at_in_its_turn(monkeypatch):
+    monkeypatch.setattr(losses, "LOOKED_AT", 20)
+    n, k, bank, z, index = 70, 5, losses.MemoryBank(70, 8), unit_rows(12, 8, 2), torch.arange(12)
+    active = torch.arange(n) % 5 != 0
+    assert losses.stride(n) == 4 and losses.stride(20) == 1
+    for turn in range(5):
+        near, similarity = losses.neighbours(z, index, bank, active, k, turn)
+        for i in range(len(z)):
+            there = [j for j in range(turn % 4, n, 4) if active[j] and j != i]
+            assert near[i].tolist() == sorted(there, key=lambda j: -float(z[i] @ bank.rows[j]))[:k]
+        torch.testing.assert_close(similarity, (bank.rows[near] * z[:, None]).sum(2))
+    assert (losses.neighbours(z, index, bank, active, 18, 1)[0] == -1).any()  # fewer active ones than asked for
+
+
 def naive_propagation(rows, y, labelled, k, density_k, tau, balance):
     n, known = len(rows), [i for i in range(len(rows)) if labelled[i]]
     pseudo, confidence = [], []
@@ -1384,7 +1398,7 @@ def test_a_training_step_never_waits_for_the_device(device, monkeypatch):
             dict.fromkeys(train.TERMS, 1.0), train.Pool(every, every, named), named, y, y, torch.ones(n), clusters, 64, 0.01
         )
         with StaysOn(device):
-            terms = train.learn(state, dataset, lesson, torch.arange(32), None, bf16=device == "cpu")
+            terms = train.learn(state, dataset, lesson, 0, torch.arange(32), None, bf16=device == "cpu")
         assert terms.keys() == set(train.TERMS)
         with pytest.raises(DataDependentOutputException):  # what a step may not do
             terms["ntxent"].item()

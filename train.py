@@ -213,7 +213,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     announce(args, dataset, network, device, bf16, out)
 
     steps = math.ceil(n / args.batch_size)
-    background = max(16, round(0.0064 * n))  # rows looked at: twice the share that the paper takes of ImageNet
+    background = max(16, round(0.0064 * n / losses.stride(n)))  # of the rows looked at: twice the share that the paper takes
     per_cluster = 42  # images in a cluster, as in the paper
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
@@ -248,7 +248,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if h is not None:
             nobody = len(state.units.owner)  # stands for "unknown" among the votes
             spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
-            rows = F.normalize(torch.cat([bank.rows, h], dim=1)[members], dim=1)  # what is remembered and what is seen, equally
+            rows = torch.cat([bank.rows[members], h[members]], dim=1)  # what is remembered and what is seen, equally
+            F.normalize(rows, dim=1, out=rows)
             pseudo[members], confidence[members] = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True)
             unknown = pseudo == nobody
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
@@ -262,7 +263,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            terms = learn(state, dataset, lesson, index, generator, bf16)
+            terms = learn(state, dataset, lesson, step, index, generator, bf16)
             for term, loss in terms.items():
                 record[step, TERMS.index(term)] = loss
         stop_if_not_finite(record, network, epoch, stage.name)
@@ -290,9 +291,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
 
 
 def learn(
-    state: State, dataset: data.Dataset, lesson: Lesson, index: Tensor, generator: torch.Generator | None, bf16: bool
+    state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None, bf16: bool
 ) -> dict[str, Tensor]:
-    """One step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
+    """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
     Nothing in it waits for the device or depends on values, so that a GPU is never idle.
     """
@@ -306,7 +307,7 @@ def learn(
 
     terms, found = {}, None
     if mix["aggregation"] or mix["propagation"]:
-        found = losses.neighbours(z, index2, state.bank, now.active, lesson.background)
+        found = losses.neighbours(z, index2, state.bank, now.active, lesson.background, turn=step)
     if mix["ntxent"]:
         pseudo = lesson.pseudo[index]
         kind = torch.where(pseudo >= 0, len(lesson.pseudo) + pseudo, index)  # of the same label, or the same image

@@ -2,8 +2,8 @@
 
     python benchmarks/neighbours.py                     # writes results/neighbours.json and results/neighbours.png
 
-The settings are those of train.py with vgg-small: N unit rows of width 128, N / 42 clusters three times over, max(16, 0.0064 N)
-background neighbours, a batch of 128 images in two views, labels for 10 %; the votes go by the rows and the embeddings (256)
+The settings are those of train.py with vgg-small: N unit rows of width 128, N / 42 clusters three times over, 0.64 % of at most
+12,000 rows as background neighbours, a batch of 128 images in two views, labels for 10 %; the votes go by the rows and the embeddings (256)
 together, put side by side in the call. All are random directions, the worst case for a search.
 
     bank update          a step     scatter the batch into the memory bank
@@ -80,7 +80,7 @@ def operation(name: str, n: int) -> Callable[[], object]:
         return lambda: bank.update(index, z)
     if name == "local aggregation":
         index2, clusters = index.repeat(2), torch.randint(k, (3, n), generator=generator)
-        z, background = unit_rows(len(index2)).requires_grad_(), max(16, round(0.0064 * n))
+        z, background = unit_rows(len(index2)).requires_grad_(), max(16, round(0.0064 * n / losses.stride(n)))
         return lambda: losses.local_aggregation(z, index2, bank, clusters, background).backward()
     if name == "clustering":
         return lambda: losses.clusterings(rows, torch.ones(n, dtype=torch.bool), k, generator=generator)
@@ -88,7 +88,8 @@ def operation(name: str, n: int) -> Callable[[], object]:
     if name == "propagation":
 
         def vote():
-            both = F.normalize(torch.cat([rows, h], dim=1), dim=1)
+            both = torch.cat([rows, h], dim=1)
+            F.normalize(both, dim=1, out=both)
             losses.propagate_labels(both, y, labelled, k=VOTERS, temperature=0.1, balance=True)
 
         return vote
@@ -123,7 +124,7 @@ def measure(name: str, n: int, seconds: float = 2.0) -> dict:
     """Seconds a call (median, min, max) and MB; a call is repeated for `seconds`, once at least and 200 times at most."""
     warnings.simplefilter("ignore")  # that so few iterations do not converge
     train.tune_machine()
-    operation(name, 200)()
+    operation(name, 1000)()
     call = operation(name, n)
     before, _ = resident()
     times = []

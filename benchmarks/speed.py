@@ -152,7 +152,7 @@ def gradual(job: Job) -> Iterator[None]:
         pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
         confidence=torch.rand(n, device=device),
         clusters=torch.randint(max(2, round(n / 42)), (3, n), device=device),
-        background=max(16, round(0.0064 * n)),
+        background=max(16, round(0.0064 * n / losses.stride(n))),
         pace=0.01,
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
@@ -161,7 +161,7 @@ def gradual(job: Job) -> Iterator[None]:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             for group in optimizer.param_groups:
                 group["lr"] = train.learning_rate(0.7, 0.01)
-            terms = train.learn(state, dataset, lesson, index, generator, train.has_bf16(device))
+            terms = train.learn(state, dataset, lesson, step, index, generator, train.has_bf16(device))
             for term, loss in terms.items():
                 record[step, train.TERMS.index(term)] = loss
             yield
