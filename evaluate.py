@@ -283,7 +283,7 @@ def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 
 
-def project(h: Tensor, method: str = "tsne") -> np.ndarray:
+def project(h: Tensor, method: str = "tsne", rounds: int = 1000) -> np.ndarray:
     """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap". Raises ValueError if umap-learn is not installed."""
     unit = F.normalize(h.float(), dim=1).cpu().numpy()
     if method == "umap":
@@ -295,7 +295,7 @@ def project(h: Tensor, method: str = "tsne") -> np.ndarray:
     if method == "tsne":
         from sklearn.manifold import TSNE
 
-        return TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0).fit_transform(unit)
+        return TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", max_iter=rounds, random_state=0).fit_transform(unit)
     from sklearn.decomposition import PCA
 
     return PCA(2, random_state=0).fit_transform(unit)
@@ -335,7 +335,7 @@ def draw_story(looks: list[dict], y: Tensor, classes: Sequence[str], known: int,
     y = y.cpu().numpy()
     fig, axes = figure(3.1 * len(looks), 3.9, 1, len(looks), squeeze=False)
     for ax, look in zip(axes[0], looks, strict=True):
-        scatter(ax, project(look["h"], method), y, classes, known, 12, look["classes"])
+        scatter(ax, project(look["h"], method, rounds=500), y, classes, known, 12, look["classes"])
         ax.set_title(look["name"] + (f", epoch {look['epoch']}" if look["epoch"] else ""))
     if len(classes) <= 20:
         handles, names = axes[0, -1].get_legend_handles_labels()

@@ -176,6 +176,13 @@ def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
     return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
 
+def see(state: State, images: Tensor, among: Tensor, bf16: bool, h: Tensor | None = None) -> Tensor:
+    """Unit embeddings [N,D], by the running mean, of the images `among` (bool [N]), written into h if it is given."""
+    index = among.nonzero()[:, 0]
+    part = F.normalize(evaluate.embed(state.average, images[index], bf16=bf16), dim=1)
+    return (part.new_zeros(len(images), part.shape[1]) if h is None else h).index_copy_(0, index, part)
+
+
 def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
     """What an image is compared with to see whether anybody claims it: indices int64 [M].
 
@@ -215,6 +222,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     steps = math.ceil(n / args.batch_size)
     background = max(16, round(0.0064 * n / losses.stride(n)))  # of the rows looked at: twice the share that the paper takes
     per_cluster = 42  # images in a cluster, as in the paper
+    h = None  # what the running mean sees, once an epoch
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
         stage = stages[epoch]
@@ -228,10 +236,10 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         welcome(state, dataset, now, before, bf16)  # new images join the memory
         if not now.taught.any():
             mix |= {"propagation": 0.0, "supervised": 0.0}
-        members, seeds, h = now.active.nonzero()[:, 0], torch.full_like(y, -1), None  # seeds: the unit that an image speaks for
+        members, seeds = now.active.nonzero()[:, 0], torch.full_like(y, -1)  # seeds: the unit that an image speaks for
         if mix["propagation"]:
-            part = evaluate.embed(state.average, images[members], bf16=bf16)
-            h = part.new_zeros(n, part.shape[1]).index_copy_(0, members, F.normalize(part, dim=1))
+            h = see(state, images, before.active, bf16) if h is None else h
+            h = see(state, images, now.active & ~before.active, bf16, h)
             if stage.discovery and "discovery" not in args.without:
                 seeds = discover(state, dataset, now, before, h, args, bf16)  # what nobody claims may open a unit
         if epoch:
@@ -245,7 +253,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
-        if h is not None:
+        if mix["propagation"]:
             nobody = len(state.units.owner)  # stands for "unknown" among the votes
             spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
             rows = torch.cat([bank.rows[members], h[members]], dim=1)  # what is remembered and what is seen, equally
@@ -272,9 +280,10 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
             state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
+        h = see(state, images, now.active, bf16) if mix["propagation"] else None
         trained = time.perf_counter()
 
-        row = measure(args, dataset, state, stage, now, pseudo, confidence, bf16)
+        row = measure(args, dataset, state, stage, now, h, pseudo, confidence, bf16)
         row |= {f"loss_{t}": loss if t in terms else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
@@ -490,11 +499,12 @@ def measure(
     state: State,
     stage: curriculum.Stage,
     now: Pool,
+    seen: Tensor | None,
     pseudo: Tensor,
     confidence: Tensor,
     bf16: bool,
 ) -> dict:
-    """Where the network stands after an epoch: a row of log.csv. pseudo [N]: units; confidence: [N].
+    """Where the network stands after an epoch: a row of log.csv. seen: from `see`, if at hand; pseudo [N]: units; confidence [N].
 
     A fixed part of the test images has to do; only the last epoch's accuracies over several classes see all of them.
     """
@@ -514,7 +524,8 @@ def measure(
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
         if args.curriculum == "gradual":
             index = surroundings(now, now.labelled, args.seed)
-            around, named = evaluate.embed(state.average, dataset.train_x[index], bf16=bf16), now.labelled[index]
+            around = evaluate.embed(state.average, dataset.train_x[index], bf16=bf16) if seen is None else seen[index]
+            named = now.labelled[index]
             claims = grow_prune.claim(h, around, named)
             nobody = (claims < grow_prune.threshold(around, named)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
             open_set, unknown = torch.where(met, right & ~nobody, nobody).float().mean().item(), share(nobody, ~met)
@@ -551,7 +562,7 @@ def look(state: State, dataset: data.Dataset, name: str, classes: int, bf16: boo
     state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h})
 
 
-def glance(dataset: data.Dataset, count: int = 500) -> Tensor:
+def glance(dataset: data.Dataset, count: int = 300) -> Tensor:
     """`count` random test images, always the same: int64 [count]."""
     return torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(1))[:count].to(dataset.test_y.device)
 
