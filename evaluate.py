@@ -416,6 +416,15 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
     return args, summary
 
 
+def runs_among(paths: Sequence[str | Path]) -> list[Path]:
+    """The run folders among paths: files are passed over, and a folder of runs stands for those in it."""
+    folders = []
+    for path in map(Path, paths):
+        inside = sorted(args.parent for args in path.glob("*/args.json")) if not (path / "args.json").exists() else []
+        folders += inside or ([] if path.is_file() else [path])
+    return folders
+
+
 def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
 
@@ -564,7 +573,7 @@ def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the runs named on the command line."""
     parser = argparse.ArgumentParser(description="Compare finished runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, each with args.json and summary.json")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
     parser.add_argument("--compact", metavar="FILE", help="write the network of one run to FILE, without its dead filters")
     parser.add_argument("--out", default="comparison.png", help="where the figure goes (default: comparison.png)")
     args = parser.parse_args(argv)
@@ -574,7 +583,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--compact takes one run, not {len(args.runs)}")
             print(write_compact(args.runs[0], args.compact))
             return 0
-        result = compare(args.runs)
+        folders = runs_among(args.runs)
+        if not folders:
+            raise ValueError(f"{args.runs[0]}: not a run folder")
+        result = compare(folders)
         print(comparison_table(result))
         drawn = [args.out]
         draw_comparison(result, args.out)

@@ -116,17 +116,22 @@ def build(
 
 
 def load(path: str | PathLike) -> Network:
-    """The network that a run keeps in its checkpoint.pt, or that was written from `pack`; in eval mode, on the CPU."""
+    """The network that a run keeps in its checkpoint.pt, or that was written from `pack`; in eval mode, on the CPU.
+
+    network.names: the class that each unit of the head stands for, None where it has no name.
+    """
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name, weights = (saved["args"]["model"], saved["average"]) if "args" in saved else (saved["model"], saved["network"])
     network = build(name, len(weights["head.weight"]), len(weights["projector.2.weight"]))
     network.load_state_dict(weights)
+    network.names = saved["names"]
     return network.eval()
 
 
 def pack(network: Network) -> dict:
-    """What `load` reads, of a network with a VGG as encoder: its layers and its weights."""
-    return {"model": network.encoder.config, "network": network.state_dict()}
+    """What `load` reads, of a network with a VGG as encoder: its layers, its weights and the names of its units, where it has any."""
+    names = getattr(network, "names", [None] * network.head.out_features)
+    return {"model": network.encoder.config, "network": network.state_dict(), "names": names}
 
 
 @torch.no_grad()

@@ -78,13 +78,14 @@ class State:
 
     PARTS = ("masks", "rows", "events", "first_sight", "looks")
 
-    def pack(self, args: argparse.Namespace) -> dict:
+    def pack(self, args: argparse.Namespace, classes: list[str]) -> dict:
         """Plain values and tensors."""
         state = {name: getattr(self, name) for name in self.PARTS}
         state |= {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         return state | {
             "version": VERSION,
             "args": vars(args),
+            "names": [classes[c] if c >= 0 else None for c in self.units.owner],
             "bank": self.bank.rows,
             "units": vars(self.units),
             "monitor": vars(self.monitor),
@@ -289,7 +290,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         state.rows.append(row)
         if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
             look(state, dataset, stage.name, stage.classes, bf16)
-        write_checkpoint(out / "checkpoint.pt", state.pack(args))
+        write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes))
         write_tables(out, state)
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
         print("\n".join([progress_line(row, args.epochs, state.rows), *happened]), flush=True)
@@ -797,7 +798,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
     add("--seeds", type=int, default=1, metavar="N", help="N runs, with --seed and --class-order and the next ones, and their comparison")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--compile", action="store_true", help="compile the encoder: a slow first step, faster ones after it")
+    add("--compile", action="store_true", help="compile the encoder: a slow first step; meant for a GPU")
     add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
     add("--embedding", default="tsne", metavar="METHOD", help="picture of the test embeddings: pca, tsne or umap")
     add("--out", metavar="DIR", help="run folder; the next free runs/DATASET-CURRICULUM-sSEED if not given")
