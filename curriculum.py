@@ -35,7 +35,6 @@ class Stage:
     labelled_share: float  # of each batch, drawn from the labelled images
     sparsity: float  # fraction of the prunable weights that are zero at the end of the epoch
     discovery: bool = False  # images that no unit claims may open a unit that has no name yet
-    latest: int = 0  # the first of the classes that came last
 
 
 def ramp(progress: float, start: float, end: float) -> float:
@@ -74,8 +73,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "supervised": float(leak > 0),
     }
     discovery = leak > 0 and name != "maturity"
-    latest = joined.index(joined[classes - 1])
-    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery, latest)
+    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery)
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:

@@ -330,9 +330,12 @@ def draw_embedding(
     save(fig, path)
 
 
-def draw_story(looks: list[dict], y: Tensor, classes: Sequence[str], known: int, path: str | Path, method: str = "tsne") -> None:
-    """The same test images in the course of training, a panel for every look: {"name", "epoch", "classes" there so far, "h" [N,D]}."""
-    y = y.cpu().numpy()
+def draw_story(looks: list[dict], classes: Sequence[str], known: int, path: str | Path, method: str = "tsne") -> None:
+    """The same test images in the course of training, a panel for every look.
+
+    looks: {"name": of the stage, "epoch": epochs done, "classes": those met so far, "h" [N,D], "y" int64 [N]} each.
+    """
+    y = looks[-1]["y"].numpy()
     fig, axes = figure(3.1 * len(looks), 3.9, 1, len(looks), squeeze=False)
     for ax, look in zip(axes[0], looks, strict=True):
         scatter(ax, project(look["h"], method, rounds=500), y, classes, known, 12, look["classes"])
@@ -513,23 +516,24 @@ def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
 def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
     """Accuracy against the label budget, a line for all that differs in nothing else; False if there is no such pair.
 
-    Of the head, or, where no label is learned, of a linear probe on the labels of the budget.
+    Of the head, or, where no label is learned, of a linear probe on the labels of the budget; nothing of `supervised`, which heeds none.
     """
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    for row in result.values():
-        setting = dict(row["settings"])
-        budget = setting.pop("label_budget")
+    for name, row in result.items():
+        budget = row["settings"]["label_budget"]
+        if not budget or row["settings"]["curriculum"] == "supervised":
+            continue
         column, what = ("probe_leaked", ", then a probe") if np.isnan(row["accuracy"]).all() else ("accuracy", "")
-        key = json.dumps([setting["curriculum"] + what, setting])
-        lines.setdefault(key, []).append((100 * budget, *(100 * value for value in spread(row[column]))))
-    lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+        line = name.replace(f" label-budget={budget}", "") + what
+        lines.setdefault(line, []).append((100 * budget, *(100 * value for value in spread(row[column]))))
+    lines = {line: sorted(points) for line, points in lines.items() if len(points) > 1}
     if not lines:
         return False
     fig, ax = figure(6.5, 4.2)
-    for i, (key, points) in enumerate(lines.items()):
+    for i, (line, points) in enumerate(lines.items()):
         x, mean, std = np.array(points).T
         style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
-        ax.errorbar(x, mean, np.nan_to_num(std), label=json.loads(key)[0], **style)
+        ax.errorbar(x, mean, np.nan_to_num(std), label=line, **style)
     ticks = sorted({x for points in lines.values() for x, _, _ in points})
     ax.set(xscale="log", xlabel="labelled images, % of each class", ylabel="test accuracy, %")
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])

@@ -151,32 +151,24 @@ def clusterings(
 # ---- local aggregation ----------------------------------------------------------------------------------------------
 
 
-LOOKED_AT = 12_000  # rows of the bank at most, so that the cost of a step does not grow with the data
-
-
-def stride(n: int) -> int:
-    """A step looks at every so many-th row of a bank of n."""
-    return max(1, math.ceil(n / LOOKED_AT))
-
-
-def neighbours(z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int, turn: int = 0) -> tuple[Tensor, Tensor]:
+def neighbours(z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int, every: int = 1, turn: int = 0) -> tuple[Tensor, Tensor]:
     """The k rows of the bank most similar to each z, without the image itself: B_i of local aggregation.
 
-    z: unit rows [B,D] of the images `index` int64 [B]; active: bool [N], the rows to look at. Of a large bank only every
-    `stride(N)`-th row is looked at, from another one each `turn`. Returns the rows' numbers int64 [B,k], nearest first, -1
-    where there are fewer than k, and their similarities float32 [B,k], with gradient.
+    z: unit rows [B,D] of the images `index` int64 [B]; active: bool [N], the rows to look at. Of a large bank one may look
+    at `every` so many-th row only, beginning with another one each `turn`. Returns the rows' numbers int64 [B,k], nearest
+    first, -1 where there are fewer than k, and their similarities float32 [B,k], with gradient.
     """
-    every = stride(len(bank.rows))
-    own = torch.arange(turn % every, len(bank.rows), every, device=z.device)  # the numbers of the rows looked at
-    z, rows, there = z.float(), bank.rows[turn % every :: every], active[turn % every :: every]
+    z, first = z.float(), turn % every
+    number = torch.arange(first, len(bank.rows), every, device=z.device)
+    rows, there = bank.rows[first::every], active[first::every]
     with torch.no_grad():
         near = torch.empty(len(z), min(k, len(rows)), dtype=torch.long, device=z.device)
         for part in chunks(len(z), len(rows)):
-            similarity = (z[part] @ rows.T).masked_fill_(~there | (own == index[part, None]), -2.0)
+            similarity = (z[part] @ rows.T).masked_fill_(~there | (number == index[part, None]), -2.0)
             best, near[part] = similarity.topk(near.shape[1], dim=1)
             near[part] = near[part].masked_fill(best < -1.5, -1)
     similarity = torch.bmm(rows[near.clamp(min=0)], z[:, :, None])[:, :, 0]
-    return torch.where(near < 0, -1, near * every + turn % every), similarity
+    return torch.where(near < 0, -1, near * every + first), similarity
 
 
 def local_aggregation(

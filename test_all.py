@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -442,18 +443,17 @@ def test_local_aggregation_is_its_definition(n, b, k, repeats):
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
 
 
-def test_of_a_large_bank_every_row_is_looked_at_in_its_turn(monkeypatch):
-    monkeypatch.setattr(losses, "LOOKED_AT", 20)
+def test_of_a_large_bank_every_row_is_looked_at_in_its_turn():
     n, k, bank, z, index = 70, 5, losses.MemoryBank(70, 8), unit_rows(12, 8, 2), torch.arange(12)
     active = torch.arange(n) % 5 != 0
-    assert losses.stride(n) == 4 and losses.stride(20) == 1
     for turn in range(5):
-        near, similarity = losses.neighbours(z, index, bank, active, k, turn)
+        near, similarity = losses.neighbours(z, index, bank, active, k, 4, turn)
         for i in range(len(z)):
             there = [j for j in range(turn % 4, n, 4) if active[j] and j != i]
             assert near[i].tolist() == sorted(there, key=lambda j: -float(z[i] @ bank.rows[j]))[:k]
         torch.testing.assert_close(similarity, (bank.rows[near] * z[:, None]).sum(2))
-    assert (losses.neighbours(z, index, bank, active, 18, 1)[0] == -1).any()  # fewer active ones than asked for
+    assert (losses.neighbours(z, index, bank, active, 18, 4)[0] == -1).any()  # fewer active ones than asked for
+    assert train.searched(10_000) == (1, 64) and train.searched(50_000) == (5, 64) and train.searched(100) == (1, 16)
 
 
 def naive_propagation(rows, y, labelled, k, density_k, tau, balance):
@@ -830,32 +830,32 @@ def nameless_state():
 def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_used_again():
     state, dataset, now, h = nameless_state()
     args = train.parser().parse_args(["--new-unit", "random"])
-    seeds = train.discover(state, dataset, now, now, h, args, False)
+    seeds = train.discover(state, dataset, now, now, h, args)
     founders = seeds == 4
     assert state.units.owner == [0, 1, 2, 3, grow_prune.UNNAMED] and founders.sum() > 40 and (dataset.train_y[founders] == 4).all()
     unknown = seeds == train.UNKNOWN
     assert unknown.any() and not (unknown & now.labelled).any() and (dataset.train_y[unknown] == 4).float().mean() > 0.5
-    again = train.discover(state, dataset, now, now, h, args, False)
+    again = train.discover(state, dataset, now, now, h, args)
     assert (again[founders] == 4).all() and state.events[0]["purity"] == 1  # a random unit keeps its founders
     claimed = train.Pool(now.active, now.labelled | (founders & (torch.arange(750) % 2 == 0)), now.taught)
-    train.discover(state, dataset, claimed, claimed, h, args, False)
+    train.discover(state, dataset, claimed, claimed, h, args)
     assert state.units.owner[4] == grow_prune.FREE and state.events[-1]["event"] == "released"
-    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now, args, False)
+    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now, args)
     assert (unit, how) == (4, "recycled") and not (state.monitor.concept == 4).any()
     train.forget_unnamed(state)
     assert state.units.owner[4] == grow_prune.FREE
 
 
 def test_replay_keeps_exemplars_of_the_classes_seen_earlier():
-    y = torch.arange(5).repeat_interleave(20)
+    y = torch.arange(6).repeat_interleave(20)
     leak = data.leak_order(y, 0)
-    for classes, named in ((3, 3), (4, 3), (5, 4)):
-        now = curriculum.Stage("", classes, named, 0.5, {}, 0.5, 0.0, latest=classes - 1)
-        all_of_it, strict = train.pool(now, y, leak, 5, 3, None), train.pool(now, y, leak, 5, 3, 4)
-        few = 20 if classes == 3 else 4
-        assert y[all_of_it.active].bincount(minlength=5).tolist() == [20] * classes + [0] * (5 - classes)
-        assert y[strict.active].bincount(minlength=5).tolist() == [few] * (classes - 1) + [20] + [0] * (5 - classes)
-        assert not (strict.labelled & ~all_of_it.labelled).any() and strict.taught.tolist() == [c < named for c in range(5)]
+    stages = [curriculum.Stage("", classes, named, 0.5, {}, 0.5, 0.0) for classes, named in ((3, 3), (4, 3), (4, 4), (6, 4))]
+    counts = ([20] * 3, [4] * 3 + [20], [4] * 3 + [20], [4] * 4 + [20, 20])  # two classes that come together are whole
+    all_of_it, strict = train.pools(stages, y, leak, 6, 3, None), train.pools(stages, y, leak, 6, 3, 4)
+    for stage, whole, pool, count in zip(stages, all_of_it, strict, counts, strict=True):
+        assert y[whole.active].bincount(minlength=6).tolist() == [20] * stage.classes + [0] * (6 - stage.classes)
+        assert y[pool.active].bincount(minlength=6).tolist() == count + [0] * (6 - stage.classes)
+        assert not (pool.labelled & ~whole.labelled).any() and pool.taught.tolist() == [c < stage.named for c in range(6)]
 
 
 # ---- what may be pruned ---------------------------------------------------------------------------------------------
@@ -1301,7 +1301,7 @@ BAD_RESUMES = {
     "something else": (lambda d: torch.save([1], d / "checkpoint.pt"), "", "checkpoint.pt is damaged"),
     "version": (edit_checkpoint(version=lambda v: v + 1), "", f"has version {train.VERSION + 1}, this program writes {train.VERSION}"),
     "other data": (edit_checkpoint(bank=lambda bank: bank[1:]), "", "was made with 199 training images, now there are 200"),
-    "no args.json": (lambda d: (d / "args.json").unlink(), "", "holds no run (args.json is missing or damaged)"),
+    "no args.json": (lambda d: (d / "args.json").unlink(), "", "holds no run (args.json is missing, damaged, or of another version)"),
     "torn args.json": (lambda d: (d / "args.json").write_text('{"lr": 0.'), "", "holds no run"),
     "list in args.json": (lambda d: (d / "args.json").write_text("[]"), "", "holds no run"),
     "nothing in args.json": (lambda d: (d / "args.json").write_text("{}"), "", "holds no run"),
@@ -1322,6 +1322,15 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(runs, capsys, tmp_path, s
     assert contents(out) == before
 
 
+def test_a_class_without_test_images_is_refused():
+    dataset, args = data.load_dataset("digits"), train.parser().parse_args(["--validate", "--batch-size", "32"])
+    args.known_classes = 7
+    train.check_data(args, dataset)
+    keep = dataset.test_y != 4
+    with pytest.raises(ValueError, match="class '4' has no test image left by --validate"):
+        train.check_data(args, replace(dataset, test_x=dataset.test_x[keep], test_y=dataset.test_y[keep]))
+
+
 def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp_path):
     command = [*TINY, "--curriculum", "labels-only", "--seeds", "2", "--seed", "3", "--epochs", "2", "--out", str(tmp_path / "both")]
     assert train.main(command) == 0
@@ -1335,6 +1344,10 @@ def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp
     assert contents(tmp_path / "both/labels-only-s3") == first
     assert contents(tmp_path / "both/labels-only-s4").keys() == second.keys()
     assert "unknown --curriculum 'none'" in refused(capsys, train.main, ["--curriculum", "none", "--seeds", "2"])
+    all_of_them = ["--curriculum", "all", "--dataset", "digits", "--without", "supervised"]
+    assert "leaves 'supervised' no loss" in refused(capsys, train.main, all_of_them)
+    for folder in (tmp_path / "typo", tmp_path / "both/labels-only-s3"):
+        assert "is not a folder that --seeds" in refused(capsys, train.main, ["--seeds", "2", "--resume", "--out", folder])
 
 
 def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path):
@@ -1394,11 +1407,10 @@ def test_a_training_step_never_waits_for_the_device(device, monkeypatch):
         state.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in network.encoder.named_parameters() if w.ndim > 1}
         every, named = torch.ones(n, dtype=torch.bool), torch.ones(classes, dtype=torch.bool)
         clusters = torch.zeros(3, n, dtype=torch.long)
-        lesson = train.Lesson(
-            dict.fromkeys(train.TERMS, 1.0), train.Pool(every, every, named), named, y, y, torch.ones(n), clusters, 64, 0.01
-        )
+        lesson = train.Lesson(dict.fromkeys(train.TERMS, 1.0), every, named, y, y, torch.ones(n), clusters, 1, 64, 0.99)
+        state.bf16 = device == "cpu"
         with StaysOn(device):
-            terms = train.learn(state, dataset, lesson, 0, torch.arange(32), None, bf16=device == "cpu")
+            terms = train.learn(state, dataset, lesson, 0, torch.arange(32), None)
         assert terms.keys() == set(train.TERMS)
         with pytest.raises(DataDependentOutputException):  # what a step may not do
             terms["ntxent"].item()

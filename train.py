@@ -54,7 +54,7 @@ EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # 
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
-VERSION = 4  # of the checkpoint; raise it when its contents change
+VERSION = 5  # of the checkpoint; raise it when its contents change
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------
@@ -75,6 +75,7 @@ class State:
     events: list[dict] = field(default_factory=list)  # of events.csv
     first_sight: list[dict] = field(default_factory=list)  # how each late class was recognised when its first labels came
     looks: list[dict] = field(default_factory=list)  # how some test images lay before the first epoch and after each stage
+    bf16: bool = False  # whether the device computes in bfloat16
 
     PARTS = ("masks", "rows", "events", "first_sight", "looks")
 
@@ -104,6 +105,10 @@ class State:
             setattr(self, name, checkpoint[name])
         self.masks = {name: mask.to(device) for name, mask in self.masks.items()}
 
+    def embed(self, x: Tensor, part: str = "h") -> Tensor:
+        """What the running mean makes of images x [N,3,H,W]: see `evaluate.embed`."""
+        return evaluate.embed(self.average, x, part, bf16=self.bf16)
+
     def tell(self, event: str, name: str | None = None, **evidence) -> None:
         """Note an event of the head's life in this epoch, for the class `name`."""
         self.events.append(dict.fromkeys(EVENT) | {"epoch": len(self.rows) + 1, "event": event, "class": name} | evidence)
@@ -123,23 +128,38 @@ class Lesson:
     """What the images teach in an epoch. Of N images, U units:"""
 
     mix: dict[str, float]  # weight of each term of the loss
-    now: Pool
+    active: Tensor  # bool [N], the images that are there
     in_use: Tensor  # bool [U], the units that take part
-    seeds: Tensor  # int64 [N], the unit that an image speaks for; -1 if it is silent, UNKNOWN
+    label: Tensor  # int64 [N], the unit that an image is labelled with, or -1
     pseudo: Tensor  # int64 [N], the unit that the others vote for, or -1
     confidence: Tensor  # [N], of these votes
     clusters: Tensor | None  # int64 [H,N]
-    background: int  # rows of the bank that a loss looks at
-    pace: float  # of the running mean
+    every: int  # so many-th row of the bank is looked at in a step
+    background: int  # and so many of them are neighbours
+    decay: float  # of the running mean
 
 
-def pool(stage: curriculum.Stage, y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> Pool:
-    """The images of a stage. replay: of classes that came before the latest late ones, only so many exemplars remain."""
-    active = y < stage.classes
-    if replay is not None and stage.classes > known:
-        active &= (y >= stage.latest) | (leak < replay)
-    labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named)) & active
-    return Pool(active, labelled, y[labelled].bincount(minlength=classes) > 0)
+def pools(stages: list[curriculum.Stage], y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> list[Pool]:
+    """The images of each stage. replay: of classes that came before the latest late ones, only so many exemplars remain."""
+    result, there, latest = [], 0, 0
+    for stage in stages:
+        if stage.classes > there:
+            latest, there = there, stage.classes  # the classes from `latest` on came last
+        active = y < there
+        if replay is not None and there > known:
+            active &= (y >= latest) | (leak < replay)
+        labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named)) & active
+        result.append(Pool(active, labelled, y[labelled].bincount(minlength=classes) > 0))
+    return result
+
+
+def searched(n: int) -> tuple[int, int]:
+    """How a step looks for neighbours in a bank of n rows: at every so many-th row, and how many of these it takes.
+
+    Of 12,000 rows at most, in turn, so that the cost of a step does not grow with the data; twice the share that the paper takes.
+    """
+    every = math.ceil(n / 12_000)
+    return every, max(16, round(0.0064 * n / every))
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -177,13 +197,6 @@ def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
     return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
 
-def see(state: State, images: Tensor, among: Tensor, bf16: bool, h: Tensor | None = None) -> Tensor:
-    """Unit embeddings [N,D], by the running mean, of the images `among` (bool [N]), written into h if it is given."""
-    index = among.nonzero()[:, 0]
-    part = F.normalize(evaluate.embed(state.average, images[index], bf16=bf16), dim=1)
-    return (part.new_zeros(len(images), part.shape[1]) if h is None else h).index_copy_(0, index, part)
-
-
 def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
     """What an image is compared with to see whether anybody claims it: indices int64 [M].
 
@@ -197,7 +210,10 @@ def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
 
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
     """The loop: `dataset` on `device`, into the folder `out`, from `checkpoint` if there is one. Returns the exit status 0."""
-    bf16 = has_bf16(device)
+    if (out / "summary.json").exists():
+        print(f"{out} is finished: {args.epochs} of {args.epochs} epochs; nothing to do")
+        return 0
+    tune_machine(args.deterministic)
     dataset = dataset.to(device)
     images, y = dataset.train_x, dataset.train_y
     n, classes, known = len(y), len(dataset.classes), args.known_classes
@@ -211,19 +227,18 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
     monitor = grow_prune.ConfusionMonitor(n, device=device)
     state = State(network, copy.deepcopy(network), optimizer, bank, grow_prune.Units(range(units), device=device), monitor)
+    state.bf16 = has_bf16(device)
     if checkpoint:
         state.unpack(checkpoint)
-    if (out / "summary.json").exists():
-        print(f"{out} is finished: {args.epochs} of {args.epochs} epochs; nothing to do")
-        return 0
     if args.compile:
         network.encoder.compile()
-    announce(args, dataset, network, device, bf16, out)
+    announce(args, dataset, state, out)
 
     steps = math.ceil(n / args.batch_size)
-    background = max(16, round(0.0064 * n / losses.stride(n)))  # of the rows looked at: twice the share that the paper takes
+    every, background = searched(n)
     per_cluster = 42  # images in a cluster, as in the paper
-    h = None  # what the running mean sees, once an epoch
+    classroom = pools([NOTHING, *stages], y, leak, classes, known, args.replay)
+    h = None  # what the running mean sees of the images at the end of an epoch: unit embeddings [N,D]
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
         stage = stages[epoch]
@@ -233,18 +248,17 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         torch.manual_seed(seed)
         draws, generator = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
-        now, before = (pool(s, y, leak, classes, known, args.replay) for s in (stage, stages[epoch - 1] if epoch else NOTHING))
-        welcome(state, dataset, now, before, bf16)  # new images join the memory
+        before, now = classroom[epoch : epoch + 2]
+        welcome(state, dataset, now, before)  # new images join the memory
         if not now.taught.any():
             mix |= {"propagation": 0.0, "supervised": 0.0}
         members, seeds = now.active.nonzero()[:, 0], torch.full_like(y, -1)  # seeds: the unit that an image speaks for
         if mix["propagation"]:
-            h = see(state, images, before.active, bf16) if h is None else h
-            h = see(state, images, now.active & ~before.active, bf16, h)
+            h = F.normalize(state.embed(images), dim=1) if h is None else h
             if stage.discovery and "discovery" not in args.without:
-                seeds = discover(state, dataset, now, before, h, args, bf16)  # what nobody claims may open a unit
+                seeds = discover(state, dataset, now, before, h, args)  # what nobody claims may open a unit
         if epoch:
-            name_classes(state, dataset, now, before, seeds, leak, args, bf16)  # the first labels of a class give it a unit
+            name_classes(state, dataset, now, before, seeds, leak, args)  # the first labels of a class give it a unit
         if not stage.discovery:
             forget_unnamed(state)
         unit_of = state.units.of_classes(classes)
@@ -264,15 +278,16 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
 
         if not epoch:
-            look(state, dataset, "before", stage.classes, bf16)
+            look(state, dataset, "before", stage.classes)
         network.train()
-        lesson = Lesson(mix, now, state.units.in_use(now.taught), seeds, pseudo, confidence, clusters, background, 1 / steps)
+        in_use, label = state.units.in_use(now.taught), torch.where(now.labelled, seeds, -1)
+        lesson = Lesson(mix, now.active, in_use, label, pseudo, confidence, clusters, every, background, decay=1 - 1 / steps)
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            terms = learn(state, dataset, lesson, step, index, generator, bf16)
+            terms = learn(state, dataset, lesson, step, index, generator)
             for term, loss in terms.items():
                 record[step, TERMS.index(term)] = loss
         stop_if_not_finite(record, network, epoch, stage.name)
@@ -281,43 +296,42 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
             state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
-        h = see(state, images, now.active, bf16) if mix["propagation"] else None
+        h = F.normalize(state.embed(images), dim=1) if mix["propagation"] else None
         trained = time.perf_counter()
 
-        row = measure(args, dataset, state, stage, now, h, pseudo, confidence, bf16)
-        row |= {f"loss_{t}": loss if t in terms else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
+        row = measure(args, dataset, state, stage, now, h, pseudo, confidence)
+        row |= {f"loss_{t}": loss if mix[t] else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
         if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
-            look(state, dataset, stage.name, stage.classes, bf16)
+            look(state, dataset, stage.name, stage.classes)
+        write_tables(out, state)  # before the checkpoint: after a kill between the two, the epoch is run and written again
         write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes))
-        write_tables(out, state)
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
         print("\n".join([progress_line(row, args.epochs, state.rows), *happened]), flush=True)
 
-    write_tables(out, state)  # a run stopped between its last checkpoint and here has none of that epoch yet
-    finish(args, dataset, state, leak, stages, bf16, out)
+    finish(args, dataset, state, leak, stages, classroom, out)
     return 0
 
 
 def learn(
-    state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None, bf16: bool
+    state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
     """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
     Nothing in it waits for the device or depends on values, so that a GPU is never idle.
     """
-    mix, now, in_use, network = lesson.mix, lesson.now, lesson.in_use, state.network
+    mix, in_use, network = lesson.mix, lesson.in_use, state.network
     view1, view2 = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
     x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = network(x)
     z1, z2 = z.chunk(2)
     index2 = index.repeat(2)  # (2B)
 
     terms, found = {}, None
     if mix["aggregation"] or mix["propagation"]:
-        found = losses.neighbours(z, index2, state.bank, now.active, lesson.background, turn=step)
+        found = losses.neighbours(z, index2, state.bank, lesson.active, lesson.background, lesson.every, step)
     if mix["ntxent"]:
         pseudo = lesson.pseudo[index]
         kind = torch.where(pseudo >= 0, len(lesson.pseudo) + pseudo, index)  # of the same label, or the same image
@@ -330,7 +344,7 @@ def learn(
             z, logits, index2, state.bank, lesson.pseudo, lesson.confidence, onehot, in_use, found=found
         )
     if mix["supervised"]:
-        onehot = one_hot(torch.where(now.labelled[index2], lesson.seeds[index2], -1), len(in_use))
+        onehot = one_hot(lesson.label[index2], len(in_use))
         terms["supervised"] = losses.supervised(logits, onehot, in_use)
 
     if terms:
@@ -338,7 +352,7 @@ def learn(
         sum(mix[term] * loss for term, loss in terms.items()).backward()
         state.optimizer.step()
         grow_prune.apply_masks(network.encoder, state.masks)
-        model.follow(state.average, network, 1 - lesson.pace)
+        model.follow(state.average, network, lesson.decay)
     state.bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
         state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
@@ -356,16 +370,16 @@ def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dic
 # ---- the life of the head -------------------------------------------------------------------------------------------
 
 
-def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, bf16: bool) -> None:
+def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool) -> None:
     """New images join the memory bank before anything is learned from them."""
     new = now.active & ~before.active
     if new.any():
-        state.bank.update(new.nonzero()[:, 0], evaluate.embed(state.average, dataset.train_x[new], "z", bf16=bf16), momentum=0)
+        state.bank.update(new.nonzero()[:, 0], state.embed(dataset.train_x[new], "z"), momentum=0)
     for c in dataset.train_y[new].unique().tolist() if before.active.any() else []:
         state.tell("arrived", name=dataset.classes[c], count=int((new & (dataset.train_y == c)).sum()))
 
 
-def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace, bf16: bool) -> Tensor:
+def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace) -> Tensor:
     """Concept before name: images that no unit claims, epoch after epoch, and that resemble each other, get an unnamed unit.
 
     h: unit embeddings [N,D] by the running mean, of the images that are there.
@@ -393,7 +407,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     claims[speaks >= 0] = math.inf  # by the unnamed unit
     group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
-        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args, bf16)
+        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args)
         speaks[speaks == new] = -1  # if the unit was another concept's
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
@@ -417,9 +431,7 @@ def forget_unnamed(state: State) -> None:
         state.tell("released", unit=unit)
 
 
-def open_unit(
-    state: State, dataset: data.Dataset, owner: int, index: Tensor, known: Pool, args: argparse.Namespace, bf16: bool
-) -> tuple[int, str]:
+def open_unit(state: State, dataset: data.Dataset, owner: int, index: Tensor, known: Pool, args: argparse.Namespace) -> tuple[int, str]:
     """A unit for `owner` in the head and in its running mean, imprinted with the images `index`; "grown" or "recycled"."""
     unit, how = state.units.take(state.network.head, state.optimizer, owner)
     state.monitor.concept[state.monitor.concept == unit] = -1  # what it stood for before
@@ -428,41 +440,42 @@ def open_unit(
     for name, parameter in state.network.head.named_parameters():
         state.average.head.get_parameter(name).data[unit] = parameter.data[unit]
     if args.new_unit == "imprint":
-        imprint(state, dataset, unit, index, known, bf16)
+        imprint(state, dataset, unit, index, known)
     return unit, how
 
 
-def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, bf16: bool) -> None:
+def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool) -> None:
     """Point a unit at the images `index`, in the head and in its running mean.
 
     Only the running mean, which answers, heeds the labelled images of other classes: the bias that this takes would hold the
     learner back, and fades in the mean within an epoch or two, as the learner finds out what belongs to the unit.
     """
     others = (known.labelled & (dataset.train_y != state.units.owner[unit])).nonzero()[:, 0][:1000]
-    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=bf16))
-    h, other_h = (evaluate.embed(state.average, dataset.train_x[i], bf16=bf16) for i in (index, others))
+    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
+    h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
     grow_prune.imprint(state.average.head, unit, h, other_h)
 
 
 def name_classes(
-    state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace, bf16: bool
+    state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace
 ) -> None:
     """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
     units, y = state.units, dataset.train_y
     new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
     late = [c for c in new if c >= args.known_classes and before.taught.any()]
-    test_h = evaluate.embed(state.average, dataset.test_x, bf16=bf16) if late else None
+    test_h = state.embed(dataset.test_x) if late else None
     for c in new:
         index = (now.labelled & (y == c)).nonzero()[:, 0]
         event = {"name": dataset.classes[c], "count": len(index)}
         if c in late:
-            few, was = few_labels(state, dataset, c, test_h, before, leak, bf16), said(state, test_h, before.taught)[1]
+            was = said(state, test_h, before.taught)[1]
+            few = few_labels(state, dataset, c, test_h, was, before, leak)
         if c in units.owner:  # known from the start
             unit = units.owner.index(c)
             if args.new_unit == "imprint":
-                imprint(state, dataset, unit, index, before, bf16)
+                imprint(state, dataset, unit, index, before)
         else:
-            logits = evaluate.embed(state.average, dataset.train_x[index], "logits", bf16=bf16) - state.average.head.bias.detach()
+            logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
             nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
             count = nearest.bincount(minlength=len(units.owner))
             unit = int(count.argmax())
@@ -470,7 +483,7 @@ def name_classes(
                 units.owner[unit], units.age[unit] = c, 0
                 state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
             else:
-                unit, how = open_unit(state, dataset, c, index, before, args, bf16)
+                unit, how = open_unit(state, dataset, c, index, before, args)
                 seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
                 state.tell(how, unit=unit, **event)
         if c in late:
@@ -482,15 +495,15 @@ def name_classes(
             state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **seen, **few})
 
 
-def few_labels(state: State, dataset: data.Dataset, c: int, test_h: Tensor, before: Pool, leak: Tensor, bf16: bool) -> dict[str, float]:
-    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight)."""
+def few_labels(state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor) -> dict[str, float]:
+    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight); was: what is said now."""
     y, test_y = dataset.train_y, dataset.test_y
     first = (y == c).nonzero()[:, 0]
     first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
     others = before.labelled.nonzero()[:, 0][:1000]
-    first_h, other_h = (evaluate.embed(state.average, dataset.train_x[i], bf16=bf16) for i in (first, others))
+    first_h, other_h = (state.embed(dataset.train_x[i]) for i in (first, others))
     named = state.units.in_use(before.taught) & (torch.tensor(state.units.owner, device=y.device) >= 0)
-    right, compared = said(state, test_h, before.taught)[1] == test_y, before.taught[test_y] | (test_y == c)
+    right, compared = was == test_y, before.taught[test_y] | (test_y == c)
     return grow_prune.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
 
 
@@ -503,7 +516,6 @@ def measure(
     seen: Tensor | None,
     pseudo: Tensor,
     confidence: Tensor,
-    bf16: bool,
 ) -> dict:
     """Where the network stands after an epoch: a row of log.csv. seen: from `see`, if at hand; pseudo [N]: units; confidence [N].
 
@@ -518,14 +530,14 @@ def measure(
     accuracy = old = new = open_set = unknown = novelty = None
     by_class = [None] * classes
     if now.taught.any():
-        h = evaluate.embed(state.average, test_x, bf16=bf16)
+        h = state.embed(test_x)
         unit, guess = said(state, h, now.taught)
         right, met = guess == test_y, now.taught[test_y]
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
         if args.curriculum == "gradual":
             index = surroundings(now, now.labelled, args.seed)
-            around = evaluate.embed(state.average, dataset.train_x[index], bf16=bf16) if seen is None else seen[index]
+            around = state.embed(dataset.train_x[index]) if seen is None else seen[index]
             named = now.labelled[index]
             claims = grow_prune.claim(h, around, named)
             nobody = (claims < grow_prune.threshold(around, named)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
@@ -557,15 +569,11 @@ def measure(
     }
 
 
-def look(state: State, dataset: data.Dataset, name: str, classes: int, bf16: bool) -> None:
-    """Keep the embeddings of a few test images, for a picture of how they came to lie where they do."""
-    h = evaluate.embed(state.average, dataset.test_x[glance(dataset)], bf16=bf16).half().cpu()
-    state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h})
-
-
-def glance(dataset: data.Dataset, count: int = 300) -> Tensor:
-    """`count` random test images, always the same: int64 [count]."""
-    return torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(1))[:count].to(dataset.test_y.device)
+def look(state: State, dataset: data.Dataset, name: str, classes: int) -> None:
+    """Keep the embeddings of 300 test images, always the same, for a picture of how they came to lie where they do."""
+    part = torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(1))[:300].to(dataset.test_y.device)
+    h, y = F.normalize(state.embed(dataset.test_x[part]), dim=1).half().cpu(), dataset.test_y[part].cpu()
+    state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h, "y": y})
 
 
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
@@ -586,16 +594,16 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
 # ---- what people see ------------------------------------------------------------------------------------------------
 
 
-def announce(args: argparse.Namespace, dataset: data.Dataset, network: model.Network, device: torch.device, bf16: bool, out: Path):
+def announce(args: argparse.Namespace, dataset: data.Dataset, state: State, out: Path) -> None:
     """What is about to happen, and the heading of the lines that follow."""
-    weights = sum(p.numel() for p in network.parameters()) / 1e6
+    weights, device = sum(p.numel() for p in state.network.parameters()) / 1e6, dataset.train_x.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     late = dataset.classes[args.known_classes :]
     print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
     print(f"old classes: {', '.join(dataset.classes[: args.known_classes][:12])}; new ones: {', '.join(late[:12]) or 'none'}")
     if args.curriculum == "gradual" and args.epochs < 15:
         print(f"{args.epochs} epochs are few for a curriculum: stages will run together; 15 or more let new classes arrive one by one")
-    print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if bf16 else 'float32'}; writing to {out}\n")
+    print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if state.bf16 else 'float32'}; writing to {out}\n")
     print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new   open  pruned  img/s    left")
 
 
@@ -626,14 +634,16 @@ def event_line(event: dict) -> str:
     return f"         {event['event']}: {', '.join(part for part in parts if part)}"
 
 
-def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: Tensor, stages: list, bf16: bool, out: Path) -> None:
+def finish(
+    args: argparse.Namespace, dataset: data.Dataset, state: State, leak: Tensor, stages: list, classroom: list[Pool], out: Path
+) -> None:
     """The final figures, measured on the last epoch: printed, drawn, and written to summary.json, which ends the run."""
-    network, rows, last = state.average, state.rows, state.rows[-1]
+    rows, last = state.rows, state.rows[-1]
     y, test_y, names, known = dataset.train_y, dataset.test_y, dataset.classes, args.known_classes
     budget = data.label_mask(leak, y, args.label_budget, range(len(names)))
-    train_h, test_h = (evaluate.embed(network, x, bf16=bf16) for x in (dataset.train_x, dataset.test_x))
-    taught = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
-    lost = float(np.nanmean(evaluate.forgetting(taught))) if taught else math.nan
+    train_h, test_h = (state.embed(x) for x in (dataset.train_x, dataset.test_x))
+    old = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
+    lost = float(np.nanmean(evaluate.forgetting(old))) if old else math.nan
     clusters = evaluate.cluster_scores(test_h, test_y)
     summary = {
         **{key: last[key] for key in ("accuracy", "old_accuracy", "new_accuracy")},
@@ -649,7 +659,7 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "opened": sum(event["event"] == "opened" for event in state.events),
         "open_accuracy": last["open_accuracy"],
         "sparsity": last["sparsity"],
-        "labels_used": last["labels"],
+        "labels_used": int(torch.stack([pool.labelled for pool in classroom]).any(0).sum()),
         "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
         "seconds": sum(row["seconds"] for row in rows),
         "first_sight_classes": state.first_sight,
@@ -660,11 +670,10 @@ def finish(args: argparse.Namespace, dataset: data.Dataset, state: State, leak: 
         "curriculum": lambda path: evaluate.draw_curricula({args.curriculum: stages}, path),
         "life": lambda path: evaluate.draw_life(rows, state.events, names, known, path),
         "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
-        "story": lambda path: evaluate.draw_story(state.looks, test_y[glance(dataset)], names, known, path, args.embedding),
+        "story": lambda path: evaluate.draw_story(state.looks, names, known, path, args.embedding),
     }
     if last["accuracy"] is not None:
-        taught = pool(stages[-1], y, leak, len(names), known, args.replay).taught
-        guess = said(state, test_h, taught)[1]
+        guess = said(state, test_h, classroom[-1].taught)[1]
         pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
     for name, draw in pictures.items():
         draw(out / f"{name}.png")
@@ -720,7 +729,7 @@ def tune_machine(deterministic: bool = False) -> None:
     torch.set_float32_matmul_precision("high")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.set_flush_denormal(True)
     with suppress(OSError, AttributeError):  # glibc only
         libc = ctypes.CDLL("libc.so.6")
@@ -760,7 +769,9 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """Every flag, with its unit and its default."""
-    parser = Parser(description="Gradual supervision of an image encoder.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        description="Gradual supervision of an image encoder.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument_group("what is taught").add_argument
     add("--curriculum", default="gradual", metavar="NAME", help=f"{', '.join(curriculum.CURRICULA)}; all: one after the other")
     add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
@@ -866,6 +877,9 @@ def check_data(args: argparse.Namespace, dataset: data.Dataset) -> None:
         raise ValueError(f"--known-classes must be in 1..{num_classes}, the number of classes, not {args.known_classes}")
     if args.batch_size > len(dataset.train_y):
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(dataset.train_y)} training images")
+    tested = dataset.test_y.bincount(minlength=num_classes)
+    if not tested.all():
+        raise ValueError(f"class '{dataset.classes[int(tested.argmin())]}' has no test image" + " left by --validate" * args.validate)
     few = int(count.argmin())
     if args.curriculum in NEED_BUDGET and args.label_budget * int(count[few]) < 0.5:
         raise ValueError(
@@ -888,7 +902,7 @@ def pick_device(name: str) -> torch.device:
 
 def new_folder(stem: str) -> Path:
     """`stem`, or the first of `stem`-2, `stem`-3, ... that is not there yet."""
-    names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
+    names = (Path(stem + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
@@ -952,7 +966,7 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
         if not saved.keys() >= vars(args).keys():
             raise ValueError
     except (OSError, ValueError, AttributeError):
-        raise ValueError(f"--resume: {out} holds no run (args.json is missing or damaged)") from None
+        raise ValueError(f"--resume: {out} holds no run (args.json is missing, damaged, or of another version)") from None
     free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
     again = parser()
     again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
@@ -981,9 +995,12 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
 
 def several(args: argparse.Namespace, argv: list[str]) -> int:
     """All curricula, or all seeds, one run after the other, each in a folder of its own, and their comparison. The exit status."""
-    check(argparse.Namespace(**vars(args) | {"curriculum": "gradual"}) if args.curriculum == "all" else args)
-    out = Path(args.out) if args.out else new_folder(f"runs/{args.curriculum}")
     names = list(curriculum.CURRICULA) if args.curriculum == "all" else [args.curriculum]
+    for name in names:
+        check(argparse.Namespace(**vars(args) | {"curriculum": name}))
+    out = Path(args.out) if args.out else new_folder(f"runs/{args.curriculum}")
+    if args.resume and (not out.is_dir() or (out / "args.json").exists()):
+        raise ValueError(f"--resume: {out} is not a folder that --seeds or --curriculum all has made")
     folders = []
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(out / f"{name}-s{args.seed + i}")
@@ -994,11 +1011,7 @@ def several(args: argparse.Namespace, argv: list[str]) -> int:
         if status:
             print(f"for the rest: the same command with --resume --out {out}", file=sys.stderr)
             return status
-    result = evaluate.compare(folders)
-    print("\n" + evaluate.comparison_table(result))
-    evaluate.draw_comparison(result, out / "comparison.png")
-    print(f"\nDrawn to {out / 'comparison.png'}.")
-    return 0
+    return evaluate.main([*map(str, folders), "--out", str(out / "comparison.png")])
 
 
 def way_on(args: argparse.Namespace | None) -> str:
@@ -1014,7 +1027,6 @@ def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if args.resume and args.out is None:
             raise ValueError("--resume needs --out, the folder of the run to go on with")
-        tune_machine(args.deterministic)
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, sys.argv[1:] if argv is None else argv)
         ready = resume(args, argv) if args.resume else start(args)

@@ -80,8 +80,13 @@ def operation(name: str, n: int) -> Callable[[], object]:
         return lambda: bank.update(index, z)
     if name == "local aggregation":
         index2, clusters = index.repeat(2), torch.randint(k, (3, n), generator=generator)
-        z, background = unit_rows(len(index2)).requires_grad_(), max(16, round(0.0064 * n / losses.stride(n)))
-        return lambda: losses.local_aggregation(z, index2, bank, clusters, background).backward()
+        z, (every, background), active = unit_rows(len(index2)).requires_grad_(), train.searched(n), torch.ones(n, dtype=torch.bool)
+
+        def aggregate():
+            found = losses.neighbours(z, index2, bank, active, background, every)
+            losses.local_aggregation(z, index2, bank, clusters, found=found).backward()
+
+        return aggregate
     if name == "clustering":
         return lambda: losses.clusterings(rows, torch.ones(n, dtype=torch.bool), k, generator=generator)
     h = unit_rows(n, SEEN)

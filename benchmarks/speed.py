@@ -148,16 +148,19 @@ def gradual(job: Job) -> Iterator[None]:
     bank, monitor = losses.MemoryBank(n, network.projector[-1].out_features, device=device), grow_prune.ConfusionMonitor(n, device=device)
     state = train.State(network, copy.deepcopy(network), optimizer, bank, units, monitor)
     state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
+    state.bf16 = train.has_bf16(device)
+    every, background = train.searched(n)
     lesson = train.Lesson(
         mix=stage.mix,
-        now=train.Pool(everything, labelled, torch.ones(10, dtype=torch.bool, device=device)),
+        active=everything,
         in_use=torch.ones(10, dtype=torch.bool, device=device),
-        seeds=y,
+        label=torch.where(labelled, y, -1),
         pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
         confidence=torch.rand(n, device=device),
         clusters=torch.randint(max(2, round(n / 42)), (3, n), device=device),
-        background=max(16, round(0.0064 * n / losses.stride(n))),
-        pace=0.01,
+        every=every,
+        background=background,
+        decay=0.99,
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
@@ -165,7 +168,7 @@ def gradual(job: Job) -> Iterator[None]:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             for group in optimizer.param_groups:
                 group["lr"] = train.learning_rate(0.7, 0.01)
-            terms = train.learn(state, dataset, lesson, step, index, generator, train.has_bf16(device))
+            terms = train.learn(state, dataset, lesson, step, index, generator)
             for term, loss in terms.items():
                 record[step, train.TERMS.index(term)] = loss
             yield
