@@ -565,9 +565,8 @@ def main() -> None:
             results["runs"][name] = run = pipe.recv() | {"epochs": args.run, "batch_size": 256}
             process.join()
             print(f"\n{name}: {run['epochs']} epochs of all of CIFAR-10, batch {run['batch_size']}: {run['seconds']:.0f} s")
-            print(
-                f"  first step done {run['start_up']:.1f} s after Python starts, {run['from_disk']:.1f} s after its imports; peak {run['peak_mb']:.0f} MB"
-            )
+            print(f"  first step done {run['start_up']:.1f} s after Python starts, {run['from_disk']:.1f} s after its imports")
+            print(f"  peak {run['peak_mb']:.0f} MB")
             share, end = 100 * run["evaluation_share_of_an_epoch"], run["at_the_end_s"]
             print(f"  evaluation {share:.1f} % of an epoch, and {end:.0f} s at the end")
 
