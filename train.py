@@ -197,6 +197,26 @@ def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
     return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
 
+def see(state: State, images: Tensor) -> Tensor:
+    """The unit embeddings [N,D] that the running mean has of the images."""
+    h = state.embed(images)
+    return F.normalize(h, dim=1, out=h)
+
+
+def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """What the images that speak for a unit say about the others: a unit int64 [N], -1 where nobody knows, and the confidence [N].
+
+    By what the bank remembers of them (unit rows [N,D]) and what the running mean sees ([N,D']), equally. Those that look like
+    nothing that has a name (UNKNOWN among the seeds int64 [N]) vote for that, and whom they convince is taught no name.
+    """
+    rows, nobody = torch.cat([remembered, seen], dim=1), len(state.units.owner)
+    F.normalize(rows, dim=1, out=rows)
+    spoken = torch.where(seeds == UNKNOWN, nobody, seeds)
+    pseudo, confidence = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True)
+    unknown = pseudo == nobody
+    return pseudo.masked_fill(unknown, -1), confidence.masked_fill(unknown, 0.0)
+
+
 def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
     """What an image is compared with to see whether anybody claims it: indices int64 [M].
 
@@ -254,7 +274,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             mix |= {"propagation": 0.0, "supervised": 0.0}
         members, seeds = now.active.nonzero()[:, 0], torch.full_like(y, -1)  # seeds: the unit that an image speaks for
         if mix["propagation"]:
-            h = F.normalize(state.embed(images), dim=1) if h is None else h
+            h = see(state, images) if h is None else h
             if stage.discovery and "discovery" not in args.without:
                 seeds = discover(state, dataset, now, before, h, args)  # what nobody claims may open a unit
         if epoch:
@@ -269,13 +289,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
         if mix["propagation"]:
-            nobody = len(state.units.owner)  # stands for "unknown" among the votes
-            spoken = torch.where(seeds == UNKNOWN, nobody, seeds)[members]
-            rows = torch.cat([bank.rows[members], h[members]], dim=1)  # what is remembered and what is seen, equally
-            F.normalize(rows, dim=1, out=rows)
-            pseudo[members], confidence[members] = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True)
-            unknown = pseudo == nobody
-            pseudo[unknown], confidence[unknown] = -1, 0.0  # teaches no name
+            pseudo[members], confidence[members] = vote(state, bank.rows[members], h[members], seeds[members])
+            h = None
 
         if not epoch:
             look(state, dataset, "before", stage.classes)
@@ -296,7 +311,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
             state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
-        h = F.normalize(state.embed(images), dim=1) if mix["propagation"] else None
+        h = see(state, images) if mix["propagation"] else None
         trained = time.perf_counter()
 
         row = measure(args, dataset, state, stage, now, h, pseudo, confidence)
