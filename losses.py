@@ -56,24 +56,21 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "
 
 
 class MemoryBank:
-    """One unit row for every image of the data set, a running mean of its embeddings.
+    """One unit row for every image of the data set, a running mean of its embeddings; zeros until the image is first seen.
 
-    n: images; dim: width of z; momentum: weight of the old row (0.5). The rows start as random directions, so embed the
-    images once, with momentum=0, before the rows are looked at.
+    n: images; dim: width of z; momentum: weight of the old row (0.5).
     """
 
-    def __init__(self, n: int, dim: int, momentum: float = 0.5, device: torch.device | str = "cpu", seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        self.rows = F.normalize(torch.randn(n, dim, generator=generator), dim=1).to(device)  # (n, dim)
+    def __init__(self, n: int, dim: int, momentum: float = 0.5, device: torch.device | str = "cpu"):
+        self.rows = torch.zeros(n, dim, device=device)  # (n, dim)
         self.momentum = momentum
 
     @torch.no_grad()
-    def update(self, index: Tensor, z: Tensor, momentum: float | None = None) -> None:
+    def update(self, index: Tensor, z: Tensor) -> None:
         """row_i <- normalize(momentum row_i + (1 - momentum) z_i) for the images `index` [B]; z [B,dim].
 
         An image that occurs more than once counts with the mean of its embeddings.
         """
-        momentum = self.momentum if momentum is None else momentum
         z = F.normalize(z.float(), dim=1)
         order = index.argsort()
         first = torch.ones_like(index, dtype=torch.bool)
@@ -83,7 +80,7 @@ class MemoryBank:
         total = torch.zeros_like(z).index_add_(0, group, z)
         count = torch.zeros_like(z[:, 0]).index_add_(0, group, torch.ones_like(z[:, 0]))
         mean = total[group] / count[group, None]
-        self.rows[index] = F.normalize(momentum * self.rows[index] + (1 - momentum) * mean, dim=1)
+        self.rows[index] = F.normalize(self.momentum * self.rows[index] + (1 - self.momentum) * mean, dim=1)
 
 
 # ---- clusters -------------------------------------------------------------------------------------------------------

@@ -269,9 +269,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         draws, generator = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
         before, now = classroom[epoch : epoch + 2]
-        welcome(state, dataset, now, before)  # new images join the memory
         if not now.taught.any():
             mix |= {"propagation": 0.0, "supervised": 0.0}
+        welcome(state, dataset, now, before, remembered=bool(mix["aggregation"] or mix["propagation"]))
         members, seeds = now.active.nonzero()[:, 0], torch.full_like(y, -1)  # seeds: the unit that an image speaks for
         if mix["propagation"]:
             h = see(state, images) if h is None else h
@@ -385,13 +385,13 @@ def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dic
 # ---- the life of the head -------------------------------------------------------------------------------------------
 
 
-def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool) -> None:
-    """New images join the memory bank before anything is learned from them."""
+def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, remembered: bool) -> None:
+    """Note which classes arrive; where the memory bank is used, the images that were never seen join it before it is."""
     new = now.active & ~before.active
-    if new.any():
-        state.bank.update(new.nonzero()[:, 0], state.embed(dataset.train_x[new], "z"), momentum=0)
     for c in dataset.train_y[new].unique().tolist() if before.active.any() else []:
         state.tell("arrived", name=dataset.classes[c], count=int((new & (dataset.train_y == c)).sum()))
+    if remembered and (unseen := now.active & ~state.bank.rows.any(dim=1)).any():
+        state.bank.update(unseen.nonzero()[:, 0], state.embed(dataset.train_x[unseen], "z"))
 
 
 def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace) -> Tensor:

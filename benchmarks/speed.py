@@ -146,6 +146,7 @@ def gradual(job: Job) -> Iterator[None]:
     labelled = data.label_mask(data.leak_order(y, 0), y, stage.label_fraction, range(stage.named))
     everything, units = torch.ones(n, dtype=torch.bool, device=device), grow_prune.Units(range(10), device=device)
     bank, monitor = losses.MemoryBank(n, network.projector[-1].out_features, device=device), grow_prune.ConfusionMonitor(n, device=device)
+    bank.rows = F.normalize(torch.randn(bank.rows.shape, device=device), dim=1)
     state = train.State(network, copy.deepcopy(network), optimizer, bank, units, monitor)
     state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
     state.bf16 = train.has_bf16(device)
