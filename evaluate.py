@@ -399,10 +399,24 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- comparison of runs ---------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("accuracy", "old_accuracy", "new_accuracy", "first_sight", "probe", "probe_leaked", "knn"),
-    *("ari", "nmi", "silhouette", "forgetting", "novelty_auroc", "sparsity"),
-)
+COLUMNS = {  # of a run's summary: heading, factor and digits in the table
+    "accuracy": ("accuracy", 100, 1),
+    "old_accuracy": ("old", 100, 1),
+    "new_accuracy": ("new", 100, 1),
+    "first_sight": ("first sight", 100, 1),
+    "probe": ("probe", 100, 1),
+    "probe_leaked": ("probe leaked", 100, 1),
+    "knn": ("kNN", 100, 1),
+    "forgetting": ("forgetting", 100, 1),
+    "ari": ("ARI", 1, 3),
+    "nmi": ("NMI", 1, 3),
+    "silhouette": ("silhouette", 1, 3),
+    "novelty_auroc": ("novelty", 1, 3),
+    "sparsity": ("sparsity", 100, 1),
+    "label_epochs": ("label-epochs", 1, 0),
+    "images_per_second": ("images/s", 1, 0),
+    "seconds": ("minutes", 1 / 60, 1),
+}
 NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "machine")
 
 
@@ -457,33 +471,20 @@ def spread(values: np.ndarray) -> tuple[float, float]:
 
 
 def comparison_table(result: dict[str, dict]) -> str:
-    """The comparison as aligned text, in per cent but for ARI, NMI and silhouette."""
-    width = max(len(name) for name in result) + 2
-    titles = (
-        "accuracy",
-        "old",
-        "new",
-        "first sight",
-        "probe",
-        "probe leaked",
-        "kNN",
-        "ARI",
-        "NMI",
-        "silhouette",
-        "forgetting",
-        "novelty",
-        "sparsity",
-    )
-    lines = ["".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{t:>14}" for t in titles)])]
-    for name, row in result.items():
-        cells = []
-        for column in COLUMNS:
-            mean, std = spread(row[column])
-            unit, digits = (1, 3) if column in PLAIN else (100, 1)
-            text = "-" if np.isnan(mean) else f"{unit * mean:.{digits}f}"
-            cells.append(f"{text if np.isnan(std) else f'{text} ± {unit * std:.{digits}f}':>14}")
-        lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
-    return "\n".join(lines)
+    """The comparison as aligned text, mean ± std, in two blocks: accuracies, and then clusters, sparsity and what it took."""
+    width, lines = max(len(name) for name in result) + 2, []
+    for block in (list(COLUMNS)[:8], list(COLUMNS)[8:]):
+        lines.append("".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{COLUMNS[column][0]:>14}" for column in block)]))
+        for name, row in result.items():
+            cells = []
+            for column in block:
+                _, factor, digits = COLUMNS[column]
+                mean, std = spread(factor * row[column])
+                text = "-" if np.isnan(mean) else f"{mean:.{digits}f}"
+                cells.append(f"{text if np.isnan(std) else f'{text} ± {std:.{digits}f}':>14}")
+            lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def draw_comparison(result: dict[str, dict], path: str | Path) -> None:

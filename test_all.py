@@ -973,6 +973,7 @@ def test_every_curriculum_runs_and_leaves_its_figures(runs, name):
     taught = name not in ("self", "self-known")
     assert (summary["accuracy"] is not None) == taught
     assert summary["labels_used"] == {"supervised": 200, "self": 0, "self-known": 0}.get(name, 40)
+    assert (0 < summary["label_epochs"] < 320) if name == "gradual" else summary["label_epochs"] == 8 * summary["labels_used"]
     assert math.isclose(summary["sparsity"], 0.8, abs_tol=0.01) and (summary["first_sight"] is not None) == (name == "gradual")
     pictures = ["curves", "curriculum", "embedding"] + ["confusion"] * taught
     assert all((runs / name / f"{p}.png").stat().st_size > 10_000 for p in pictures)

@@ -675,6 +675,7 @@ def finish(
         "open_accuracy": last["open_accuracy"],
         "sparsity": last["sparsity"],
         "labels_used": int(torch.stack([pool.labelled for pool in classroom]).any(0).sum()),
+        "label_epochs": sum(row["labels"] for row in rows),
         "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
         "seconds": sum(row["seconds"] for row in rows),
         "first_sight_classes": state.first_sight,
