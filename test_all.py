@@ -833,6 +833,18 @@ def nameless_state():
     return state, dataset, now, h
 
 
+def test_settle_gives_the_running_mean_the_statistics_of_the_images():
+    state = nameless_state()[0]
+    x = torch.randint(256, (64, 3, 32, 32), generator=seeded(), dtype=torch.uint8)
+    first, before = state.average.encoder[1], copy.deepcopy(dict(state.average.named_parameters()))
+    train.settle(state, x)
+    seen = state.average.encoder[0]((x / 255 - state.average.mean) / state.average.std)
+    torch.testing.assert_close(first.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(first.running_var, seen.var((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(state.embed(x).mean(0), torch.zeros(128), atol=1e-2, rtol=0)
+    assert all(torch.equal(p, before[name]) for name, p in state.average.named_parameters()) and first.momentum == 0.1
+
+
 def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_used_again():
     state, dataset, now, h = nameless_state()
     args = train.parser().parse_args(["--new-unit", "random"])

@@ -311,6 +311,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
             state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
+        some = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[:2048].to(device)
+        settle(state, images[members[some]])
         h = see(state, images) if mix["propagation"] else None
         trained = time.perf_counter()
 
@@ -372,6 +374,16 @@ def learn(
     if mix["propagation"] or mix["supervised"]:
         state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
     return {term: loss.detach() for term, loss in terms.items()}
+
+
+def settle(state: State, x: Tensor) -> None:
+    """Take batch norm's statistics of the running mean anew, from images uint8 [N,3,H,W] as they are.
+
+    While a network changes quickly, the mean of its statistics is not what the mean of its weights makes (as in SWA, arXiv 1803.05407).
+    """
+    batches = (part.float().div_(255).contiguous(memory_format=torch.channels_last) for part in x.chunk(math.ceil(len(x) / 512)))
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
+        torch.optim.swa_utils.update_bn(batches, state.average)
 
 
 def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
