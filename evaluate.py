@@ -81,7 +81,7 @@ def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     """Test accuracy (0..1) of the k nearest training embeddings by cosine, voting with weight exp(cosine / temperature)."""
     train_h, test_h = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1)
     right = 0
-    for h, y in zip(test_h.split(1000), test_y.split(1000), strict=True):
+    for h, y in zip(test_h.split(250), test_y.split(250), strict=True):
         similarity, near = (h @ train_h.T).topk(min(k, len(train_h)), dim=1)  # (b, k)
         votes = torch.zeros(len(h), int(train_y.max()) + 1, device=h.device)
         votes.scatter_add_(1, train_y[near], (similarity / temperature).exp())

@@ -327,6 +327,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
         print("\n".join([progress_line(row, args.epochs, state.rows), *happened]), flush=True)
 
+    give_memory_back()
     finish(args, dataset, state, leak, stages, classroom, out)
     return 0
 
@@ -763,6 +764,12 @@ def tune_machine(deterministic: bool = False) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def give_memory_back() -> None:
+    """Return the pages that malloc keeps, before work of another kind that could not use them."""
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def has_bf16(device: torch.device) -> bool:
