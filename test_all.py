@@ -991,6 +991,12 @@ def test_every_curriculum_runs_and_leaves_its_figures(runs, name):
     assert all((runs / name / f"{p}.png").stat().st_size > 10_000 for p in pictures)
 
 
+def test_one_image_of_one_class_is_enough_to_begin(tmp_path):
+    flags = ["--per-class", 1, "--known-classes", 1, "--batch-size", 2, "--label-budget", 1, "--epochs", 3]
+    done = script("train.py", "--dataset", "digits", *flags, "--embedding", "pca", "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "run/summary.json").read_text())["labels_used"] == 10, done.stderr
+
+
 def test_strict_replay_random_units_and_whole_filters(tmp_path):
     flags = ["--replay", 4, "--new-unit", "random", "--prune-units", 0.4, "--prune", 0.5, "--without", "discovery"]
     done = script("train.py", *TINY, "--epochs", 12, *flags, "--out", tmp_path / "run", cwd=tmp_path)

@@ -378,13 +378,14 @@ def learn(
 
 
 def settle(state: State, x: Tensor) -> None:
-    """Take batch norm's statistics of the running mean anew, from images uint8 [N,3,H,W] as they are.
+    """Take batch norm's statistics of the running mean anew, from images uint8 [N,3,H,W] as they are; a single one has none.
 
     While a network changes quickly, the mean of its statistics is not what the mean of its weights makes (as in SWA, arXiv 1803.05407).
     """
     batches = (part.float().div_(255).contiguous(memory_format=torch.channels_last) for part in x.chunk(math.ceil(len(x) / 512)))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
-        torch.optim.swa_utils.update_bn(batches, state.average)
+        if len(x) > 1:
+            torch.optim.swa_utils.update_bn(batches, state.average)
 
 
 def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
