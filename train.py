@@ -54,7 +54,7 @@ EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # 
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
-VERSION = 5  # of the checkpoint; raise it when its contents change
+VERSION = 6  # of the checkpoint; raise it when its contents change
 
 
 # ---- the method -----------------------------------------------------------------------------------------------------

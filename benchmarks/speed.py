@@ -59,6 +59,7 @@ import model  # noqa: E402
 import train  # noqa: E402
 
 LEAD = 4  # untimed steps at the start of a turn
+SIZES = [1_000, 10_000, 50_000, 200_000]  # training images
 WORKERS, PREFETCH = 2, 2  # of a DataLoader; batches each worker fetches ahead, torch's default
 CONTESTANTS = {
     "a": "network alone",
@@ -494,16 +495,15 @@ def pictures() -> tuple[np.ndarray, np.ndarray, str]:
         return rng.integers(0, 256, (10_000, 3, 32, 32), np.uint8), rng.integers(0, 10, 10_000), "noise"
 
 
-def main() -> None:
-    """Measure, print, write."""
+def flags() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", default=["cnn", "vgg-small", "vgg16"], metavar="NAME", help="networks of model.py")
     add("--rounds", type=int, default=7, metavar="N", help="turns each contestant has, after one that does not count")
     add("--steps", type=int, default=10, metavar="N", help=f"timed steps a turn, after {LEAD} that are not")
     add("--batch-size", type=int, default=128, metavar="N", help="images a step; each is seen in two views")
-    sizes = [1_000, 10_000, 50_000, 200_000]
-    add("--sizes", type=int, nargs="*", metavar="N", help=f"also the gradual step with N training images; {sizes} if none is named")
+    add("--sizes", type=int, nargs="*", metavar="N", help=f"also the gradual step with N training images; {SIZES} if none is named")
     add(
         "--run",
         type=int,
@@ -514,7 +514,12 @@ def main() -> None:
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--out", type=Path, default=ROOT / "results" / "speed.json", metavar="FILE", help="where the figures go")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure, print, write."""
+    args = flags().parse_args()
 
     images, labels, source = pictures()
     results = {
@@ -552,7 +557,7 @@ def main() -> None:
     if args.sizes is not None:
         results["sizes"] = {}
         for name in args.models:
-            measured = alternate({f"{n}": job("c", name, n) for n in args.sizes or sizes}, args.rounds)
+            measured = alternate({f"{n}": job("c", name, n) for n in args.sizes or SIZES}, args.rounds)
             show(f"{name}: gradual step with N images", measured, {})
             results["sizes"][name] = measured
 
