@@ -92,7 +92,7 @@ def recycle_unit(head: nn.Linear, optimizer: torch.optim.Optimizer | None, unit:
 
 
 @torch.no_grad()
-def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.02) -> None:
+def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.03) -> None:
     """Point a unit at the mean direction of embeddings h [n,D] of its class, so that it can be predicted at once.
 
     The row becomes normalize(mean(normalize(h))), with the mean length of the other rows. others [m,D]: embeddings of images of
@@ -178,7 +178,7 @@ class ConfusionMonitor:
 
     n: images in all; at_least: images that make a concept, a share of those looked at (0.03) and never fewer than 20; patience:
     looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in which nothing else is opened (2);
-    chance: largest probability that labels which leak at random avoid the concept so well (0.01)
+    chance: largest probability that labels which leak at random avoid the concept so well (0.05)
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ConfusionMonitor:
         at_least: float = 0.03,
         patience: int = 2,
         cooldown: int = 2,
-        chance: float = 0.01,
+        chance: float = 0.05,
         device: torch.device | str = "cpu",
     ):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
