@@ -222,7 +222,7 @@ class ConfusionMonitor:
         return group[claims[group].argsort()[: (len(group) + 1) // 2]]
 
 
-def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.15) -> Tensor:
+def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
     """How far the names around an image claim it: float32 [n], near 0 where there are none, about 1 amid a class that has a name.
 
     h [n,D]: embeddings; pool_h [M,D]: of images to compare with, of which `named` (bool [M]) have a label. It is the density of
@@ -235,7 +235,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.15) -
     return torch.cat(claims) / named.float().mean()
 
 
-def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.15) -> float:
+def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: that of the share `reject` of the named images, each without its own label.
 
     pool_h [M,D], named bool [M]: as in `claim`. About that share of all images of the known classes will be taken for unknown.

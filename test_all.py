@@ -759,7 +759,7 @@ def test_claims_are_their_definition_and_the_threshold_leaves_one_out(n, m):
     h, pool_h, named = torch.randn(n, 5, generator=seeded()), torch.randn(m, 5, generator=seeded(1)), torch.arange(m) % 3 == 0
 
     def density(x, at, without=None):
-        kernel = [math.exp((F.cosine_similarity(x, pool_h[j], dim=0).item() - 1) / 0.15) for j in at if j != without]
+        kernel = [math.exp((F.cosine_similarity(x, pool_h[j], dim=0).item() - 1) / 0.2) for j in at if j != without]
         return sum(kernel)
 
     everything, names = range(m), named.nonzero()[:, 0].tolist()
