@@ -178,10 +178,10 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
     x, stages = [row["epoch"] for row in rows], [row["stage"] for row in rows]
     fig, axes = figure(9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3))
     for c, name in enumerate(classes[: len(COLOURS)] if len(classes) <= len(COLOURS) else []):
-        y = [row[f"accuracy_{name}"] for row in rows]
+        y = [row[f"accuracy_{name}"] if c < row["classes"] and row["accuracy"] is not None else np.nan for row in rows]
         style = dict(linestyle="-" if c < known else "--", marker=MARKERS[c], markevery=(c % 4, 4), markersize=4)
         axes[0].plot(x, y, color=COLOURS[c], linewidth=1.1, alpha=0.9, label=name if c < known else f"{name} (late)", **style)
-    axes[0].plot(x, [row["accuracy"] for row in rows], color="black", linewidth=2.5, label="all classes")
+    axes[0].plot(x, [row["accuracy"] for row in rows], color="black", linewidth=2.5, label="all, also\nthose to come")
     axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     terms = [key for key in rows[0] if key.startswith("loss_")]
@@ -221,31 +221,38 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
             owner = {"opened": None, "released": -1}.get(event["event"], -2)
             owner = classes.index(event["class"]) if owner == -2 else owner
             spans[event["unit"]].append((event["epoch"], owner, event))
-    fig, axes = figure(9, 3.6 + 0.27 * len(spans), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(spans), 2.6))
-    for unit, life in enumerate(spans):
+    shown = [u for u, life in enumerate(spans) if len(spans) <= 25 or life[0][2]]  # of a large head those that something happened to
+    fig, axes = figure(9, 3.6 + 0.27 * len(shown), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(shown), 2.6))
+    for line, life in enumerate(spans[unit] for unit in shown):
         for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
             if owner == -1 or end <= start:  # nobody's
                 continue
             look = (
                 dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
             )
-            axes[0].barh(unit, end - start, left=start - 0.5, height=0.7, **look)
+            axes[0].barh(line, end - start, left=start - 0.5, height=0.7, **look)
             text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} % {event['class']}"
             place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=(start + end) / 2 - 0.5, ha="center")
             box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
-            axes[0].text(y=unit, s=text, va="center", fontsize=8, bbox=box, **place)
-    for event in (e for e in events if e["event"] == "arrived"):
-        axes[0].axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
-        axes[0].text(event["epoch"] - 0.5, len(spans) - 0.3, f"{event['class']}\narrives", ha="center", va="bottom", fontsize=8)
-    axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
-    axes[0].set(ylabel="unit", yticks=range(len(spans)), ylim=(-0.6, len(spans) - 0.4))
-    x = [row["epoch"] for row in rows]
+            axes[0].text(y=line, s=text, va="center", fontsize=8, bbox=box, **place)
     arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
+    for epoch in (epochs := sorted(set(arrival.values()))):
+        axes[0].axvline(epoch - 0.5, color="black", linewidth=0.8, linestyle=":")
+        names = [name for name, when in arrival.items() if when == epoch]
+        text = f"{names[0]}\narrives" if len(names) == 1 else f"{len(names)}\narrive"
+        if len(epochs) <= 10:
+            axes[0].text(epoch - 0.5, len(shown) - 0.3, text, ha="center", va="bottom", fontsize=8)
+    axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
+    axes[0].set(ylabel="unit", ylim=(-0.6, len(shown) - 0.4))
+    axes[0].set_yticks(range(len(shown)), shown)
+    x = [row["epoch"] for row in rows]
     for c in range(known, min(len(classes), known + 6)):
         y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], 1) else None for row in rows]
         style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)
         axes[1].plot(x, [np.nan if v is None else v for v in y], label=f"accuracy, {classes[c]}", **style)
+    many = [("new_accuracy", f"accuracy, all {len(classes) - known} late classes", dict(color="black"))] if len(classes) > known + 6 else []
     for key, label, style in (
+        *many,
         ("open_accuracy", "accuracy, unknown being an answer", dict(color="#777777", linewidth=3)),
         ("novelty_auroc", "AUROC, nameless against named", dict(color="black", linestyle="--")),
     ):
@@ -434,18 +441,22 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
 
 
 def runs_among(paths: Sequence[str | Path]) -> list[Path]:
-    """The run folders among paths: files are passed over, and a folder of runs stands for those in it."""
+    """The run folders among paths, each once: files are passed over, and a folder of runs stands for the finished ones in it."""
     folders = []
     for path in map(Path, paths):
         inside = sorted(args.parent for args in path.glob("*/args.json")) if not (path / "args.json").exists() else []
         folders += inside or ([] if path.is_file() else [path])
-    return folders
+        for run in (run for run in inside if not (run / "summary.json").exists()):
+            print(f"{run}: not finished, left out", file=sys.stderr)
+            folders.remove(run)
+    return list({folder.resolve(): folder for folder in folders}.values())
 
 
 def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
 
     The name is the curriculum, followed by the settings in which the groups differ. A figure that a run does not have is NaN.
+    "again": runs of a group with the seed and class order of another one of it, which tell of other code rather than of chance.
     """
     groups: dict[str, list[tuple[dict, dict]]] = {}
     for folder in folders:
@@ -457,10 +468,12 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     differing = [k for k in every if len({json.dumps(s[k]) for s in settings if k in s}) > 1]
     result = {}
     for setting, runs in zip(settings, groups.values(), strict=True):
-        name = " ".join([setting["curriculum"], *(f"{k.replace('_', '-')}={setting.get(k)}" for k in differing)])
+        given = {k.replace("_", "-"): setting[k] for k in differing if setting.get(k) not in (None, False, [])}
+        name = " ".join([setting["curriculum"], *(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())])
         name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
         values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s in runs], dtype=float) for c in COLUMNS}
-        result[name] = {"settings": setting, "runs": len(runs), "labels_used": runs[0][1]["labels_used"], **values}
+        again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
+        result[name] = {"settings": setting, "runs": len(runs), "again": again, "labels_used": runs[0][1]["labels_used"], **values}
     return result
 
 
@@ -593,6 +606,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{args.runs[0]}: not a run folder")
         result = compare(folders)
         print(comparison_table(result))
+        for name, row in result.items():
+            if row["again"]:
+                print(f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?", file=sys.stderr)
         drawn = [args.out]
         draw_comparison(result, args.out)
         budgets = Path(args.out).with_name("budgets.png")

@@ -35,10 +35,16 @@ def grow_head(head: nn.Linear, optimizer: torch.optim.Optimizer | None, count: i
     The larger parameter takes the place of the old one in the same parameter group, and the old rows keep their values
     and their optimizer state (momentum, second moments), so that their next update is what it would have been. A new row
     has a random direction, the mean length of the old rows, no bias, and a state of zeros. Raises ValueError for count < 1,
-    and for an optimizer whose state is not one value a weight (Adafactor, LBFGS).
+    and, before anything is changed, for an optimizer whose state is not one value a weight (Adafactor, LBFGS).
     """
     if count < 1:
         raise ValueError(f"a head grows by at least one unit, not {count}")
+    for old in head.parameters(recurse=False) if optimizer is not None else ():
+        for key, value in optimizer.state.get(old, {}).items():
+            if torch.is_tensor(value) and value.numel() > 1 and value.shape != old.shape:
+                raise ValueError(f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("cannot grow a layer that LBFGS trains; use SGD, Adam, AdamW or RMSprop")
     units = head.out_features
     for name, old in list(head.named_parameters(recurse=False)):
         rows = old.new_zeros(count, *old.shape[1:])
@@ -62,8 +68,6 @@ def swap_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -
     for key, value in state.items():
         if torch.is_tensor(value) and value.shape == old.shape:
             state[key] = torch.cat([value, value.new_zeros(len(new) - len(old), *value.shape[1:])])
-        elif torch.is_tensor(value) and value.numel() > 1:
-            raise ValueError(f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop")
     optimizer.state[new] = state
 
 
@@ -109,7 +113,7 @@ def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None,
     if others is not None and len(others) and rest.any():
         logits = head(others).float()
         margin = logits[:, unit] - logits[:, rest].amax(1)
-        head.bias[unit] = -margin.quantile(1 - tolerance).clamp(min=0)
+        head.bias[unit] = -margin.quantile(1 - tolerance, interpolation="higher").clamp(min=0)
 
 
 # ---- owners ---------------------------------------------------------------------------------------------------------
@@ -176,15 +180,15 @@ class ConfusionMonitor:
     them at a known rate, and that of a kind which nobody names holds hardly any, however sure the softmax is. What is too few
     follows from the known classes themselves (`threshold`).
 
-    n: images in all; at_least: images that make a concept, a share of those looked at (0.03) and never fewer than 20; patience:
-    looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in which nothing else is opened (2);
-    chance: largest probability that labels which leak at random avoid the concept so well (0.05)
+    n: images in all; at_least: images that make a concept, as a share (0.3) of the images looked at for each class that has a name,
+    and never fewer than 20; patience: looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in
+    which nothing else is opened (2); chance: largest probability that labels which leak at random avoid the concept so well (0.05)
     """
 
     def __init__(
         self,
         n: int,
-        at_least: float = 0.03,
+        at_least: float = 0.3,
         patience: int = 2,
         cooldown: int = 2,
         chance: float = 0.05,
@@ -203,15 +207,16 @@ class ConfusionMonitor:
         thirds of the labels that a named one would have, and too few by more than chance. Returns the places in `index` of the
         less claimed half of it, the surer ones.
         """
-        at_least = max(20, round(self.at_least * len(index)))
+        at_least = max(20, round(self.at_least * len(index) / len(known_y.unique())))
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.rest = max(0, self.rest - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]
         if self.rest or len(again) < at_least:
             return None
         unit, known, reach = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1), resemblance(known_h, known_y)
-        alike = unit[again] @ unit[again].T > reach**2  # as two images are that lie at `reach` from one centre, in directions of their own
-        centre = F.normalize(unit[again][alike[alike.sum(1).argmax()]].mean(0), dim=0)
+        rows = unit[again]  # two are alike if they could lie at `reach` from one centre, in directions of their own
+        alike = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])
+        centre = F.normalize(rows[rows @ rows[alike.argmax()] > reach**2].mean(0), dim=0)
         near = unit @ centre > reach
         group, found = again[near[again]], (known @ centre > reach).sum()
         expected = (near.sum() + found) * len(known) / (len(unit) + len(known))
@@ -236,22 +241,29 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 
 
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
-    """The claim below which an image is unknown: that of the share `reject` of the named images, each without its own label.
+    """The claim below which an image is unknown: that of the share `reject` of the named images, each as if it had no label.
 
     pool_h [M,D], named bool [M]: as in `claim`. About that share of all images of the known classes will be taken for unknown.
     """
-    share, count = named.float().mean(), named.sum()
-    own = F.normalize(pool_h[named].float(), dim=1)
-    total = torch.cat([((part @ F.normalize(pool_h.float(), dim=1).T - 1) / temperature).exp().sum(1) for part in own.split(1000)])
-    claims = claim(pool_h[named], pool_h, named, temperature) * share  # of the weight of all, itself (1) included
-    return float(((claims * total - 1) / (total - 1) / share).quantile(reject)) if count > 1 else float("-inf")
+    if named.sum() < 2:
+        return float("-inf")
+    pool_h, weight_of, claims = F.normalize(pool_h.float(), dim=1), named.float(), []
+    for part in pool_h[named].split(1000):
+        weight = ((part @ pool_h.T - 1) / temperature).exp()
+        claims.append((weight @ weight_of - 1) / weight.sum(1))  # its own weight is 1
+    return float((torch.cat(claims) / weight_of.mean()).quantile(reject))
 
 
 def resemblance(h: Tensor, y: Tensor) -> float:
-    """The cosine to the mean of their class that three quarters of the embeddings h [L,D] of classes y [L] reach."""
+    """The cosine to the mean of the others of their class that three quarters of the embeddings h [L,D] of classes y [L] reach.
+
+    1, which nothing reaches, where no class has two of them.
+    """
     unit = F.normalize(h.float(), dim=1)
-    mean = torch.zeros(int(y.max()) + 1, unit.shape[1], device=h.device).index_add_(0, y, unit)
-    return float((unit * F.normalize(mean, dim=1)[y]).sum(1).quantile(0.25))
+    total = torch.zeros(int(y.max()) + 1, unit.shape[1], device=h.device).index_add_(0, y, unit)
+    several = y.bincount()[y] > 1
+    cosine = (unit * F.normalize(total[y] - unit, dim=1)).sum(1)[several]
+    return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
 FEW = (1, 5, 20)  # labels of a new class

@@ -755,7 +755,7 @@ def test_the_running_mean_follows_weights_and_statistics():
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (7, 30), (1500, 40)])
-def test_claims_are_their_definition_and_the_threshold_leaves_one_out(n, m):
+def test_claims_are_their_definition_and_the_threshold_leaves_the_own_label_out(n, m):
     h, pool_h, named = torch.randn(n, 5, generator=seeded()), torch.randn(m, 5, generator=seeded(1)), torch.arange(m) % 3 == 0
 
     def density(x, at, without=None):
@@ -767,10 +767,20 @@ def test_claims_are_their_definition_and_the_threshold_leaves_one_out(n, m):
     expected = [density(h[i], names) / density(h[i], everything) / (len(names) / m) for i in ask]
     torch.testing.assert_close(grow_prune.claim(h, pool_h, named)[list(ask)], torch.tensor(expected), rtol=1e-4, atol=1e-5)
     if len(names) > 1:
-        left = [density(pool_h[j], names, j) / density(pool_h[j], everything, j) / (len(names) / m) for j in names]
+        left = [density(pool_h[j], names, without=j) / density(pool_h[j], everything) / (len(names) / m) for j in names]
         assert math.isclose(grow_prune.threshold(pool_h, named, 0.3), torch.tensor(left).quantile(0.3).item(), rel_tol=1e-3, abs_tol=1e-4)
     else:
         assert grow_prune.threshold(pool_h, named) == -math.inf
+
+
+def test_resemblance_is_to_the_others_of_a_class():
+    h, y = torch.randn(41, 5, generator=seeded()), torch.tensor([*range(4)] * 10 + [4])
+    cosines = []
+    for i in range(40):  # the last one is alone in its class
+        others = torch.stack([F.normalize(h[j], dim=0) for j in range(40) if y[j] == y[i] and j != i]).mean(0)
+        cosines.append(F.cosine_similarity(h[i], others, dim=0))
+    assert math.isclose(grow_prune.resemblance(h, y), torch.stack(cosines).quantile(0.25), rel_tol=1e-4)
+    assert grow_prune.resemblance(h[:4], y[:4]) == 1  # one of each
 
 
 def crowd(classes, size, seed, named):
@@ -799,7 +809,7 @@ def test_a_kind_that_nobody_names_opens_a_unit_after_some_looks_and_none_else_do
     assert [look for look, _ in opened] == [2, 7]  # in the third look, and again after four of rest
     assert all((y == 4).float().mean() > 0.95 and len(y) > 40 for _, y in opened)
     assert not looks(grow_prune.ConfusionMonitor(750), classes=5, named=5, times=12)
-    assert not looks(grow_prune.ConfusionMonitor(750, at_least=0.5), classes=5, named=4, times=5)
+    assert not looks(grow_prune.ConfusionMonitor(750, at_least=2), classes=5, named=4, times=5)
     assert not looks(grow_prune.ConfusionMonitor(75), classes=5, named=4, times=5, size=15)  # too few to be sure
 
 

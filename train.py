@@ -49,7 +49,7 @@ DEFAULTS = {
     "folder": dict(model="vgg-small", epochs=50, batch_size=128, lr=0.06),
 }
 UNKNOWN = -2  # says an image that looks like nothing that has a name
-WATCHED = 3000  # images that are asked every epoch whether any unit claims them
+WATCHED = 3000  # of all images, those that are asked every epoch whether any unit claims them; 60 a class if that is more
 EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # the columns of events.csv
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
@@ -217,12 +217,18 @@ def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor) -> tuple
     return pseudo.masked_fill(unknown, -1), confidence.masked_fill(unknown, 0.0)
 
 
+def some_of(mask: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the places where mask (bool [N]) is True, at random, the same for the same seed: int64."""
+    index = mask.nonzero()[:, 0]
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count].to(mask.device)]
+
+
 def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
     """What an image is compared with to see whether anybody claims it: indices int64 [M].
 
     The same random images every epoch, as far as they are there, and all that are `labelled` (bool [N]).
     """
-    watched = torch.rand(len(labelled), generator=torch.Generator().manual_seed(seed)).argsort()[:WATCHED].to(labelled.device)
+    watched = some_of(torch.ones_like(labelled), max(WATCHED, 60 * len(now.taught)), seed)
     chosen = labelled.clone()
     chosen[watched] = True
     return (chosen & now.active).nonzero()[:, 0]
@@ -311,8 +317,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
             state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
         grow_prune.apply_masks(state.average.encoder, state.masks)
-        some = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[:2048].to(device)
-        settle(state, images[members[some]])
+        settle(state, images[some_of(now.active, 2048, seed)])
         h = see(state, images) if mix["propagation"] else None
         trained = time.perf_counter()
 
@@ -469,17 +474,17 @@ def open_unit(state: State, dataset: data.Dataset, owner: int, index: Tensor, kn
     for name, parameter in state.network.head.named_parameters():
         state.average.head.get_parameter(name).data[unit] = parameter.data[unit]
     if args.new_unit == "imprint":
-        imprint(state, dataset, unit, index, known)
+        imprint(state, dataset, unit, index, known, args.seed)
     return unit, how
 
 
-def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool) -> None:
+def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, seed: int) -> None:
     """Point a unit at the images `index`, in the head and in its running mean.
 
     Only the running mean, which answers, heeds the labelled images of other classes: the bias that this takes would hold the
     learner back, and fades in the mean within an epoch or two, as the learner finds out what belongs to the unit.
     """
-    others = (known.labelled & (dataset.train_y != state.units.owner[unit])).nonzero()[:, 0][:1000]
+    others = some_of(known.labelled & (dataset.train_y != state.units.owner[unit]), 1000, seed)
     grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
     h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
     grow_prune.imprint(state.average.head, unit, h, other_h)
@@ -498,23 +503,24 @@ def name_classes(
         event = {"name": dataset.classes[c], "count": len(index)}
         if c in late:
             was = said(state, test_h, before.taught)[1]
-            few = few_labels(state, dataset, c, test_h, was, before, leak)
-        if c in units.owner:  # known from the start
-            unit = units.owner.index(c)
+            few = few_labels(state, dataset, c, test_h, was, before, leak, args.seed)
+        logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
+        nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
+        count = nearest.bincount(minlength=len(units.owner))
+        unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None  # own: of a class known from the start
+        if units.owner[unit] == grow_prune.UNNAMED and 2 * count[unit] > len(index):
+            if own is not None:
+                units.owner[own] = grow_prune.FREE
+            units.owner[unit], units.age[unit] = c, 0
+            state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
+        elif own is not None:
+            unit = own
             if args.new_unit == "imprint":
-                imprint(state, dataset, unit, index, before)
+                imprint(state, dataset, unit, index, before, args.seed)
         else:
-            logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
-            nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
-            count = nearest.bincount(minlength=len(units.owner))
-            unit = int(count.argmax())
-            if units.owner[unit] == grow_prune.UNNAMED and 2 * count[unit] > len(index):
-                units.owner[unit], units.age[unit] = c, 0
-                state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
-            else:
-                unit, how = open_unit(state, dataset, c, index, before, args)
-                seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
-                state.tell(how, unit=unit, **event)
+            unit, how = open_unit(state, dataset, c, index, before, args)
+            seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
+            state.tell(how, unit=unit, **event)
         if c in late:
             taught = before.taught.clone()
             taught[c] = True
@@ -524,12 +530,14 @@ def name_classes(
             state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **seen, **few})
 
 
-def few_labels(state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor) -> dict[str, float]:
+def few_labels(
+    state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor, seed: int
+) -> dict[str, float]:
     """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight); was: what is said now."""
     y, test_y = dataset.train_y, dataset.test_y
     first = (y == c).nonzero()[:, 0]
     first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
-    others = before.labelled.nonzero()[:, 0][:1000]
+    others = some_of(before.labelled, 1000, seed)
     first_h, other_h = (state.embed(dataset.train_x[i]) for i in (first, others))
     named = state.units.in_use(before.taught) & (torch.tensor(state.units.owner, device=y.device) >= 0)
     right, compared = was == test_y, before.taught[test_y] | (test_y == c)
