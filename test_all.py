@@ -874,6 +874,26 @@ def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_u
     assert state.units.owner[4] == grow_prune.FREE
 
 
+@pytest.mark.parametrize("waiting", [False, True])  # is there a unit for it already, as for a class that is known from the start?
+def test_the_first_labels_name_the_unit_that_was_opened_for_what_they_label(waiting):
+    state, dataset, now, h = nameless_state()
+    args = train.parser().parse_args(["--known-classes", "5"])
+    if waiting:
+        grow_prune.grow_head(state.network.head, state.optimizer)
+        state.average, state.units = copy.deepcopy(state.network), grow_prune.Units(range(5))
+    state.embed = lambda x, part="h": state.average.head(F.normalize(F.pad(x.flatten(1), (0, 112)))) if part == "logits" else h[: len(x)]
+    dataset = replace(dataset, train_x=dataset.test_x, test_x=dataset.test_x[:1])
+    unit, _ = state.units.take(state.network.head, None, grow_prune.UNNAMED)
+    grow_prune.grow_head(state.average.head, None)
+    grow_prune.imprint(state.average.head, unit, h[dataset.train_y == 4])
+    labelled = now.labelled | ((dataset.train_y == 4) & (torch.arange(750) % 20 == 0))
+    train.name_classes(
+        state, dataset, train.Pool(now.active, labelled, torch.ones(5) > 0), now, torch.full((750,), -1), torch.arange(750), args
+    )
+    assert state.units.owner == [0, 1, 2, 3, *([grow_prune.FREE] if waiting else []), 4]
+    assert state.events[-1]["event"] == "named" and state.events[-1]["purity"] > 0.9
+
+
 def test_replay_keeps_exemplars_of_the_classes_seen_earlier():
     y = torch.arange(6).repeat_interleave(20)
     leak = data.leak_order(y, 0)
@@ -899,11 +919,13 @@ def test_what_may_be_pruned_is_weights_of_layers_only():
 
 def test_an_optimizer_that_cannot_grow_is_refused():
     head = nn.Linear(4, 3)
-    optimizer = torch.optim.Adafactor(head.parameters())
     head(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="Adafactor"):
-        grow_prune.grow_head(head, optimizer)
+    for make in (torch.optim.Adafactor, torch.optim.LBFGS):
+        optimizer = make(head.parameters())
+        optimizer.step(lambda: 0.0)
+        with pytest.raises(ValueError, match=make.__name__):
+            grow_prune.grow_head(head, optimizer)
+        assert head.out_features == len(head.weight) == len(head.bias) == 3  # nothing was changed
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
@@ -1383,6 +1405,15 @@ def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp
     assert "leaves 'supervised' no loss" in refused(capsys, train.main, all_of_them)
     for folder in (tmp_path / "typo", tmp_path / "both/labels-only-s3"):
         assert "is not a folder that --seeds" in refused(capsys, train.main, ["--seeds", "2", "--resume", "--out", folder])
+
+
+def test_unfinished_runs_and_runs_of_the_same_seed_are_spoken_of(runs, tmp_path, capsys):
+    for name in ("one", "two", "three"):
+        shutil.copytree(runs / "gradual", tmp_path / name)
+    (tmp_path / "three/summary.json").unlink()
+    assert evaluate.main([str(tmp_path), str(tmp_path / "one"), "--out", str(tmp_path / "out.png")]) == 0
+    out, err = capsys.readouterr()
+    assert "gradual     2 " in out and "three: not finished, left out" in err and "gradual: 1 of 2 runs repeat a seed" in err
 
 
 def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path):
