@@ -881,17 +881,21 @@ def test_the_first_labels_name_the_unit_that_was_opened_for_what_they_label(wait
     if waiting:
         grow_prune.grow_head(state.network.head, state.optimizer)
         state.average, state.units = copy.deepcopy(state.network), grow_prune.Units(range(5))
-    state.embed = lambda x, part="h": state.average.head(F.normalize(F.pad(x.flatten(1), (0, 112)))) if part == "logits" else h[: len(x)]
+    parts = {"h": torch.nn.Identity(), "logits": state.average.head}
+    state.embed = lambda x, part="h": parts[part](F.normalize(F.pad(x.flatten(1), (0, 112))))
     dataset = replace(dataset, train_x=dataset.test_x, test_x=dataset.test_x[:1])
     unit, _ = state.units.take(state.network.head, None, grow_prune.UNNAMED)
     grow_prune.grow_head(state.average.head, None)
     grow_prune.imprint(state.average.head, unit, h[dataset.train_y == 4])
-    labelled = now.labelled | ((dataset.train_y == 4) & (torch.arange(750) % 20 == 0))
-    train.name_classes(
-        state, dataset, train.Pool(now.active, labelled, torch.ones(5) > 0), now, torch.full((750,), -1), torch.arange(750), args
-    )
+    fifth, place, learner = dataset.train_y == 4, torch.arange(750), copy.deepcopy(state.network.head)
+    labelled, own = fifth & (place % 20 == 0), fifth & (place % 20 == 1)
+    seeds = torch.where(own, unit, -1)
+    train.name_classes(state, dataset, train.Pool(now.active, now.labelled | labelled, torch.ones(5) > 0), now, seeds, place, args)
     assert state.units.owner == [0, 1, 2, 3, *([grow_prune.FREE] if waiting else []), 4]
     assert state.events[-1]["event"] == "named" and state.events[-1]["purity"] > 0.9
+    towards = F.normalize(h[labelled | own].mean(0), dim=0)  # what it stood for and what has its name; the learner is left alone
+    assert F.cosine_similarity(state.average.head.weight[unit], towards, dim=0) > 0.9999
+    assert all(torch.equal(new, old) for new, old in zip(state.network.head.parameters(), learner.parameters(), strict=True))
 
 
 def test_replay_keeps_exemplars_of_the_classes_seen_earlier():

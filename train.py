@@ -479,13 +479,18 @@ def open_unit(state: State, dataset: data.Dataset, owner: int, index: Tensor, kn
 
 
 def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, seed: int) -> None:
-    """Point a unit at the images `index`, in the head and in its running mean.
+    """Point a unit at the images `index`, in the head and in its running mean."""
+    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
+    imprint_average(state, dataset, unit, index, known, seed)
 
-    Only the running mean, which answers, heeds the labelled images of other classes: the bias that this takes would hold the
-    learner back, and fades in the mean within an epoch or two, as the learner finds out what belongs to the unit.
+
+def imprint_average(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, seed: int) -> None:
+    """The same in the running mean alone, which answers, and which alone heeds the labelled images of other classes.
+
+    The bias that this takes would hold the learner back; in the mean it fades within an epoch or two, as the learner finds out
+    what belongs to the unit.
     """
     others = some_of(known.labelled & (dataset.train_y != state.units.owner[unit]), 1000, seed)
-    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
     h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
     grow_prune.imprint(state.average.head, unit, h, other_h)
 
@@ -508,11 +513,13 @@ def name_classes(
         nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
         count = nearest.bincount(minlength=len(units.owner))
         unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None  # own: of a class known from the start
-        if units.owner[unit] == grow_prune.UNNAMED and 2 * count[unit] > len(index):
+        if units.owner[unit] == grow_prune.UNNAMED:
             if own is not None:
                 units.owner[own] = grow_prune.FREE
             units.owner[unit], units.age[unit] = c, 0
             state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
+            if args.new_unit == "imprint":  # what it was opened with and what has a name now, together
+                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), before, args.seed)
         elif own is not None:
             unit = own
             if args.new_unit == "imprint":
