@@ -5,11 +5,13 @@
     cluster_scores(h, y)                                        # {"ari", "nmi", "silhouette", "accuracy"}
     forgetting(per_class_accuracy), novelty_auroc(score, is_new)
 
-`python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings) and comparison.png.
+`python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings), comparison.png,
+progress.png and, of several label budgets, budgets.png.
 `python evaluate.py RUN --compact FILE` writes a run's network without its dead filters.
 """
 
 import argparse
+import csv
 import json
 import sys
 import time
@@ -456,13 +458,14 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
 
     The name is the curriculum, followed by the settings in which the groups differ. A figure that a run does not have is NaN.
+    "folders": those of the runs.
     "again": runs of a group with the seed and class order of another one of it, which tell of other code rather than of chance.
     """
-    groups: dict[str, list[tuple[dict, dict]]] = {}
+    groups: dict[str, list[tuple[dict, dict, Path]]] = {}
     for folder in folders:
         args, summary = read_run(folder)
         key = json.dumps({k: v for k, v in sorted(args.items()) if k not in NOT_SETTINGS})
-        groups.setdefault(key, []).append((args, summary))
+        groups.setdefault(key, []).append((args, summary, Path(folder)))
     settings = [json.loads(key) for key in groups]
     every = dict.fromkeys(k for s in settings for k in s if k != "curriculum")
     differing = [k for k in every if len({json.dumps(s[k]) for s in settings if k in s}) > 1]
@@ -471,9 +474,10 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
         given = {k.replace("_", "-"): setting[k] for k in differing if setting.get(k) not in (None, False, [])}
         name = " ".join([setting["curriculum"], *(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())])
         name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
-        values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s in runs], dtype=float) for c in COLUMNS}
-        again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
-        result[name] = {"settings": setting, "runs": len(runs), "again": again, "labels_used": runs[0][1]["labels_used"], **values}
+        values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s, _ in runs], dtype=float) for c in COLUMNS}
+        again = len(runs) - len({(args["seed"], args["class_order"]) for args, *_ in runs})
+        about = {"settings": setting, "runs": len(runs), "again": again, "folders": [folder for *_, folder in runs]}
+        result[name] = about | {"labels_used": runs[0][1]["labels_used"]} | values
     return result
 
 
@@ -525,6 +529,30 @@ def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
     )
     axes[0].invert_yaxis()
     save(fig, path)
+
+
+def draw_progress(result: dict[str, dict], path: str | Path) -> bool:
+    """Accuracy of the head over the epochs, a line a run and a colour a group; False if no run trains a head or has its log.csv."""
+    lines: dict[str, list] = {}  # of each group
+    for name, row in result.items():
+        for log in (folder / "log.csv" for folder in row["folders"]):
+            rows = csv.DictReader(log.read_text().splitlines()) if log.exists() else ()
+            points = [(int(r["epoch"]), 100 * float(r["accuracy"])) for r in rows if r["accuracy"]]
+            if points:
+                lines.setdefault(name, []).append(list(zip(*points, strict=True)))
+    if not lines:
+        return False
+    fig, ax = figure(9.5, 4.6)
+    for i, (name, runs) in enumerate(lines.items()):
+        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3)
+        for j, (x, y) in enumerate(runs):
+            ax.plot(x, y, markevery=max(1, len(x) // 10), label=None if j else name, **style)
+    ax.set(xlabel="epoch", ylabel="test accuracy of the head, all classes, %")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.25)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    save(fig, path)
+    return True
 
 
 def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
@@ -609,14 +637,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, row in result.items():
             if row["again"]:
                 print(f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?", file=sys.stderr)
-        drawn = [args.out]
         draw_comparison(result, args.out)
-        budgets = Path(args.out).with_name("budgets.png")
-        drawn += [budgets] if draw_budgets(result, budgets) else []
+        more = {draw: Path(args.out).with_name(name) for draw, name in ((draw_progress, "progress.png"), (draw_budgets, "budgets.png"))}
+        drawn = [args.out, *(path for draw, path in more.items() if draw(result, path))]
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"\nDrawn to {' and '.join(map(str, drawn))}.")
+    print(f"\nDrawn to {', '.join(map(str, drawn))}.")
     return 0
 
 

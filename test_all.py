@@ -1429,6 +1429,18 @@ def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path):
     assert not evaluate.draw_budgets(evaluate.compare([runs / "gradual", runs / "self"]), tmp_path / "none.png")
 
 
+def test_progress_is_drawn_of_every_run_that_trains_a_head(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
+    shutil.copytree(runs / "gradual", tmp_path / "again")
+    result = evaluate.compare([runs / "gradual", tmp_path / "again", runs / "self"])
+    assert evaluate.draw_progress(result, tmp_path / "none.png") and len(drawn[0].lines) == 2
+    assert [text.get_text() for text in drawn[0].get_legend().get_texts()] == [next(iter(result))]
+    last = json.loads((runs / "gradual/summary.json").read_text())["accuracy"]
+    assert math.isclose(drawn[0].lines[1].get_ydata()[-1], 100 * last, rel_tol=1e-4)
+    assert not evaluate.draw_progress(evaluate.compare([runs / "self"]), tmp_path / "none.png")
+
+
 def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
     shutil.copytree(runs / "self", tmp_path / "torn")
     (tmp_path / "torn/summary.json").write_text("{")
