@@ -233,10 +233,12 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
                 dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
             )
             axes[0].barh(line, end - start, left=start - 0.5, height=0.7, **look)
-            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} % {event['class']}"
-            place = dict(x=start - 0.2, ha="left") if owner is not None else dict(x=(start + end) / 2 - 0.5, ha="center")
-            box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.15")
-            axes[0].text(y=line, s=text, va="center", fontsize=8, bbox=box, **place)
+            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} %\n{event['class']}"
+            place = dict(x=start - 0.2, ha="left", fontsize=8)
+            if owner is None:  # two short lines, for these bars are short
+                place = dict(x=(start + end) / 2 - 0.5, ha="center", fontsize=7, linespacing=0.95)
+            box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.1")
+            axes[0].text(y=line, s=text, va="center", bbox=box, **place)
     arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
     for epoch in (epochs := sorted(set(arrival.values()))):
         axes[0].axvline(epoch - 0.5, color="black", linewidth=0.8, linestyle=":")
