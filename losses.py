@@ -206,6 +206,19 @@ def local_aggregation(
 # ---- label propagation ----------------------------------------------------------------------------------------------
 
 
+def align(votes: Tensor, expected: Tensor, rounds: int = 10) -> Tensor:
+    """Scale the columns of votes [N,C], whose rows sum to 1, until their means are as `expected` [C] in proportion.
+
+    Columns of which nothing is expected (0) keep their mean. Distribution alignment (arXiv 1911.09785) by the iterations of
+    Sinkhorn & Knopp 1967: without it a class that few labels made too broad takes ever more images from the others.
+    """
+    mean, due = votes.mean(0), expected > 0
+    share = torch.where(due, expected / expected.sum() * (mean * due).sum(), mean)
+    for _ in range(rounds):
+        votes = F.normalize(votes * (share / votes.mean(0).clamp(min=1e-12)), p=1, dim=1)
+    return votes
+
+
 @torch.no_grad()
 def propagate_labels(
     bank_rows: Tensor,
@@ -215,6 +228,7 @@ def propagate_labels(
     density_k: int = 50,
     temperature: float = 0.07,
     balance: bool = False,
+    expected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Let the k nearest labelled rows vote on the label of every row (arXiv 1905.11581, equations 2-4).
 
@@ -223,8 +237,9 @@ def propagate_labels(
         vote_c = sum over the k labelled neighbours l with label c of exp(m_l . m_i / temperature) / density(l)
         density(l) = sum over the density_k rows j != l nearest to l of exp(m_l . m_j / temperature)
 
-    balance divides the votes of each class by its number of labels. Returns the pseudo-label int64 [N] with the most
-    votes and its share of all votes float32 [N]. Labelled rows keep their label with confidence 1; if nothing is
+    balance divides the votes of each class by its number of labels. expected: [C], how many rows of each class are due, in
+    proportion, 0 where nobody knows; the votes are scaled until each class has its share (`align`). Returns the pseudo-label int64
+    [N] with the most votes and its share of all votes float32 [N]. Labelled rows keep their label with confidence 1; if nothing is
     labelled, all get -1 with confidence 0.
     """
     n, known = len(bank_rows), labelled.nonzero()[:, 0]
@@ -241,12 +256,13 @@ def propagate_labels(
     if balance:
         weight -= y.bincount()[y].log()
 
-    classes = int(y.max()) + 1
+    votes = torch.zeros(n, int(y.max()) + 1 if expected is None else len(expected), device=rows.device)
     for part in chunks(n, len(known)):
         similarity, near = (rows[part] @ voters.T).topk(min(k, len(known)), dim=1)  # (b, k)
-        share = (similarity / temperature + weight[near]).softmax(1)
-        votes = torch.zeros(len(near), classes, device=rows.device).scatter_add_(1, y[near], share)
-        confidence[part], pseudo[part] = votes.max(1)
+        votes[part].scatter_add_(1, y[near], (similarity / temperature + weight[near]).softmax(1))
+    if expected is not None:
+        votes = align(votes, expected)
+    confidence, pseudo = votes.max(1)
     pseudo[known], confidence[known] = y, 1.0
     return pseudo, confidence
 

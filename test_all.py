@@ -493,6 +493,30 @@ def test_propagated_labels_are_those_of_the_equations(n, count, k, balance):
     torch.testing.assert_close(confidence, share, atol=1e-4, rtol=1e-4)
 
 
+def test_aligned_votes_come_as_often_as_expected():
+    votes = torch.rand(500, 4, generator=seeded()) * torch.tensor([1, 5, 1, 2])
+    votes, due = F.normalize(votes, p=1, dim=1), torch.tensor([2.0, 1.0, 1.0, 0.0])
+    even, kept = losses.align(votes, due, rounds=100), votes[:, 3].mean()
+    torch.testing.assert_close(even.mean(0), torch.stack([(1 - kept) / 2, (1 - kept) / 4, (1 - kept) / 4, kept]), atol=1e-4, rtol=0)
+    odds = (even / votes) / (even / votes)[:, :1]  # one factor a class
+    torch.testing.assert_close(odds, odds[:1].expand_as(odds), rtol=1e-4, atol=1e-4)
+    assert not losses.align(votes * (due > 0), torch.ones(4)).isnan().any()  # nobody votes for the last
+
+
+def test_expected_shares_bring_a_class_nearer_to_its_share():
+    y = torch.arange(3).repeat_interleave(100)
+    rows = F.normalize(torch.eye(3)[y] + 0.3 * torch.randn(300, 3, generator=seeded()), dim=1)
+    labelled = torch.arange(300) % 20 == 0
+    rows[labelled & (y == 2)] = F.normalize(torch.tensor([0.6, 0.6, 0.7]), dim=0)  # labels that lie apart from their class
+    taken, right = [], []
+    for expected in (None, torch.ones(3)):
+        pseudo, confidence = losses.propagate_labels(rows, y, labelled, temperature=0.1, expected=expected)
+        assert torch.equal(pseudo[labelled], y[labelled]) and (confidence[labelled] == 1).all()
+        taken.append(int((pseudo == 2).sum()))
+        right.append((pseudo == y)[~labelled].float().mean().item())
+    assert abs(taken[1] - 100) < 0.5 * abs(taken[0] - 100) and right[1] > right[0], (taken, right)
+
+
 def test_chunks_change_nothing(monkeypatch):
     rows, y = unit_rows(200, 8, 8), torch.randint(4, (200,), generator=seeded())
     labelled, bank = torch.arange(200) % 7 == 0, filled_bank(200, 8)
