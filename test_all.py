@@ -898,6 +898,20 @@ def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_u
     assert state.units.owner[4] == grow_prune.FREE
 
 
+def test_votes_are_aligned_among_the_named_and_leave_the_nameless_theirs():
+    state, dataset, now, h = nameless_state()
+    y = dataset.train_y
+    seeds = torch.where(now.labelled, y, -1)
+    seeds[(y == 4) & (torch.arange(750) % 5 == 0)] = train.UNKNOWN
+    broad = h.clone()
+    broad[now.labelled & (y == 0)] = F.normalize(broad[now.labelled & (y == 0)] + 0.7 * F.normalize(h[y == 1].mean(0), dim=0), dim=1)
+    plain, aligned = (train.vote(state, torch.zeros(750, 1), broad, seeds, even)[0] for even in (False, True))
+    for pseudo in (plain, aligned):
+        assert (pseudo[y == 4] == -1).float().mean() > 0.9 and (pseudo[y < 4] >= 0).float().mean() > 0.9
+    uneven = [(pseudo[pseudo >= 0].bincount() - 150).abs().max() for pseudo in (plain, aligned)]
+    assert uneven[1] < uneven[0], uneven
+
+
 @pytest.mark.parametrize("waiting", [False, True])  # is there a unit for it already, as for a class that is known from the start?
 def test_the_first_labels_name_the_unit_that_was_opened_for_what_they_label(waiting):
     state, dataset, now, h = nameless_state()
