@@ -203,19 +203,16 @@ def see(state: State, images: Tensor) -> Tensor:
     return F.normalize(h, dim=1, out=h)
 
 
-def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the images that speak for a unit say about the others: a unit int64 [N], -1 where nobody knows, and the confidence [N].
 
     By what the bank remembers of them (unit rows [N,D]) and what the running mean sees ([N,D']), equally. Those that look like
     nothing that has a name (UNKNOWN among the seeds int64 [N]) vote for that, and whom they convince is taught no name.
-    even: whether a named unit is due the same share of the images as of the labels; of few labels that is a rough measure, hence + 1.
+    due: [U+1], how many images a unit is due, in proportion, and nobody; 0 where that is not known; None: the votes are not aligned.
     """
     rows, nobody = torch.cat([remembered, seen], dim=1), len(state.units.owner)
     F.normalize(rows, dim=1, out=rows)
     spoken = torch.where(seeds == UNKNOWN, nobody, seeds)
-    count = spoken[spoken >= 0].bincount(minlength=nobody + 1)
-    named = torch.tensor([owner >= 0 for owner in state.units.owner] + [False], device=rows.device) & (count > 0)
-    due = named * (count + 1.0) if even else None
     pseudo, confidence = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True, expected=due)
     unknown = pseudo == nobody
     return pseudo.masked_fill(unknown, -1), confidence.masked_fill(unknown, 0.0)
@@ -299,7 +296,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
         if mix["propagation"]:
-            pseudo[members], confidence[members] = vote(state, bank.rows[members], h[members], seeds[members], even=args.replay is None)
+            labels = seeds[now.labelled].bincount(minlength=len(state.units.owner) + 1)  # as many of every kind, where all images are kept
+            due = labels + (labels > 0).float() if args.replay is None else None  # and few are a rough measure
+            pseudo[members], confidence[members] = vote(state, bank.rows[members], h[members], seeds[members], due)
             h = None
 
         if not epoch:
