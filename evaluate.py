@@ -459,7 +459,8 @@ def runs_among(paths: Sequence[str | Path]) -> list[Path]:
 def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
 
-    The name is the curriculum, followed by the settings in which the groups differ. A figure that a run does not have is NaN.
+    The name is the curriculum, followed by the settings in which the groups differ; learning rate and label budget, which each
+    curriculum may have its own of, where those of one curriculum do. A figure that a run does not have is NaN.
     "folders": those of the runs.
     "again": runs of a group with the seed and class order of another one of it, which tell of other code rather than of chance.
     """
@@ -470,10 +471,11 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
         groups.setdefault(key, []).append((args, summary, Path(folder)))
     settings = [json.loads(key) for key in groups]
     every = dict.fromkeys(k for s in settings for k in s if k != "curriculum")
-    differing = [k for k in every if len({json.dumps(s[k]) for s in settings if k in s}) > 1]
     result = {}
     for setting, runs in zip(settings, groups.values(), strict=True):
-        given = {k.replace("_", "-"): setting[k] for k in differing if setting.get(k) not in (None, False, [])}
+        alike = [s for s in settings if s["curriculum"] == setting["curriculum"]]
+        known = {k: {json.dumps(s[k]) for s in (alike if k in ("lr", "label_budget") else settings) if k in s} for k in every}
+        given = {k.replace("_", "-"): setting[k] for k in every if len(known[k]) > 1 and setting.get(k) not in (None, False, [])}
         name = " ".join([setting["curriculum"], *(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())])
         name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
         values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s, _ in runs], dtype=float) for c in COLUMNS}
@@ -558,27 +560,29 @@ def draw_progress(result: dict[str, dict], path: str | Path) -> bool:
 
 
 def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
-    """Accuracy against the label budget, a line for all that differs in nothing else; False if there is no such pair.
+    """Accuracy against the share of labels, a line for all that differs in nothing else; False if all have the same share.
 
-    Of the head, or, where no label is learned, of a linear probe on the labels of the budget; nothing of `supervised`, which heeds none.
+    Of the head, or, where no label is learned, of a linear probe on the labels of the budget and on all.
     """
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    lines: dict[str, dict[float, tuple[float, float]]] = {}  # percent of the labels -> mean and standard deviation
     for name, row in result.items():
-        budget = row["settings"]["label_budget"]
-        if not budget or row["settings"]["curriculum"] == "supervised":
-            continue
-        column, what = ("probe_leaked", ", then a probe") if np.isnan(row["accuracy"]).all() else ("accuracy", "")
-        line = name.replace(f" label-budget={budget}", "") + what
-        lines.setdefault(line, []).append((100 * budget, *(100 * value for value in spread(row[column]))))
-    lines = {line: sorted(points) for line, points in lines.items() if len(points) > 1}
-    if not lines:
+        budget, curriculum = row["settings"]["label_budget"], row["settings"]["curriculum"]
+        line = name.replace(f" label-budget={budget}", "")
+        if np.isnan(row["accuracy"]).all():
+            points = {budget: "probe_leaked", 1.0: "probe"}
+            line += ", then a probe"
+        else:
+            points = {1.0 if curriculum == "supervised" else budget: "accuracy"}
+        found = {100 * share: spread(100 * row[column]) for share, column in points.items() if share}
+        lines.setdefault(line, {}).update({x: point for x, point in found.items() if not np.isnan(point[0])})
+    ticks = sorted({x for points in lines.values() for x in points})
+    if len(ticks) < 2:
         return False
     fig, ax = figure(6.5, 4.2)
     for i, (line, points) in enumerate(lines.items()):
-        x, mean, std = np.array(points).T
+        x, mean, std = np.array([(x, *points[x]) for x in sorted(points)]).reshape(-1, 3).T
         style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
         ax.errorbar(x, mean, np.nan_to_num(std), label=line, **style)
-    ticks = sorted({x for points in lines.values() for x, _, _ in points})
     ax.set(xscale="log", xlabel="labelled images, % of each class", ylabel="test accuracy, %")
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
     ax.minorticks_off()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -1037,12 +1038,35 @@ def script(name, *args, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+RUNS = {name: ["--curriculum", name, *TINY, "--epochs", 8] for name in curriculum.CURRICULA} | {
+    "gradual-again": [*TINY, "--epochs", 8],
+    "gradual-s1": [*TINY, "--epochs", 8, "--seed", 1],
+    "strict": [
+        *TINY,
+        "--epochs",
+        12,
+        "--replay",
+        4,
+        "--new-unit",
+        "random",
+        "--prune-units",
+        0.4,
+        "--prune",
+        0.5,
+        "--without",
+        "discovery",
+    ],
+    "one-image": "--dataset digits --per-class 1 --known-classes 1 --batch-size 2 --label-budget 1 --epochs 3 --embedding pca".split(),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One tiny run of the real script for each curriculum."""
+    """Tiny runs of the real script, side by side: one for each curriculum, and some with other flags."""
     root = tmp_path_factory.mktemp("runs")
-    for name in curriculum.CURRICULA:
-        done = script("train.py", "--curriculum", name, *TINY, "--epochs", 8, "--out", root / name, cwd=root)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [pool.submit(script, "train.py", *flags, "--out", root / name, cwd=root) for name, flags in RUNS.items()]
+    for done in (job.result() for job in started):
         assert done.returncode == 0, done.stderr
     return root
 
@@ -1065,19 +1089,14 @@ def test_every_curriculum_runs_and_leaves_its_figures(runs, name):
     assert all((runs / name / f"{p}.png").stat().st_size > 10_000 for p in pictures)
 
 
-def test_one_image_of_one_class_is_enough_to_begin(tmp_path):
-    flags = ["--per-class", 1, "--known-classes", 1, "--batch-size", 2, "--label-budget", 1, "--epochs", 3]
-    done = script("train.py", "--dataset", "digits", *flags, "--embedding", "pca", "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads((tmp_path / "run/summary.json").read_text())["labels_used"] == 10, done.stderr
+def test_one_image_of_one_class_is_enough_to_begin(runs):
+    assert json.loads((runs / "one-image/summary.json").read_text())["labels_used"] == 10
 
 
-def test_strict_replay_random_units_and_whole_filters(tmp_path):
-    flags = ["--replay", 4, "--new-unit", "random", "--prune-units", 0.4, "--prune", 0.5, "--without", "discovery"]
-    done = script("train.py", *TINY, "--epochs", 12, *flags, "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+def test_strict_replay_random_units_and_whole_filters(runs, tmp_path):
+    summary = json.loads((runs / "strict/summary.json").read_text())
     assert summary["labels_used"] == 40 and summary["opened"] == 0 and summary["sparsity"] >= 0.5
-    done = script("evaluate.py", tmp_path / "run", "--compact", tmp_path / "small.pt", cwd=tmp_path)
+    done = script("evaluate.py", runs / "strict", "--compact", tmp_path / "small.pt", cwd=tmp_path)
     assert done.returncode == 0 and "times as fast" in done.stdout, done.stderr
     widths = [w for w in model.load(tmp_path / "small.pt").encoder.config if w != "M"]
     assert sum(widths[:-1]) == 96 - round(0.4 * 96) and widths[-1] == 128
@@ -1175,12 +1194,9 @@ def test_weights_that_are_not_finite_are_named():
         train.stop_if_not_finite(torch.zeros(5, 4), network, 0, "infancy")
 
 
-def test_the_seed_decides(runs, tmp_path):
-    for seed in (0, 1):
-        done = script("train.py", *TINY, "--epochs", 8, "--seed", seed, "--out", tmp_path / str(seed), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert without_times(tmp_path / "0") == without_times(runs / "gradual")
-    one, other = (without_times(tmp_path / str(seed))[0] for seed in (0, 1))
+def test_the_seed_decides(runs):
+    assert without_times(runs / "gradual-again") == without_times(runs / "gradual")
+    one, other = (without_times(runs / name)[0] for name in ("gradual", "gradual-s1"))
     assert one[0] == other[0] and all(a != b for a, b in zip(one[1:], other[1:], strict=True))
 
 
@@ -1458,13 +1474,32 @@ def test_unfinished_runs_and_runs_of_the_same_seed_are_spoken_of(runs, tmp_path,
     assert "gradual     2 " in out and "three: not finished, left out" in err and "gradual: 1 of 2 runs repeat a seed" in err
 
 
-def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path):
+def test_groups_are_named_after_what_tells_them_apart(runs, tmp_path):
+    for name in ("gradual", "semi"):
+        shutil.copytree(runs / name, tmp_path / name)
+        args = json.loads((runs / name / "args.json").read_text())
+        (tmp_path / name / "args.json").write_text(json.dumps(args | {"lr": 0.03}))
+    assert list(evaluate.compare([runs / "gradual", tmp_path / "semi"])) == ["gradual", "semi"]  # each with its own rate
+    names = list(evaluate.compare([runs / "gradual", tmp_path / "gradual", runs / "semi"]))
+    assert names == ["gradual lr=0.06", "gradual lr=0.03", "semi"]
+    assert list(evaluate.compare([runs / "gradual", runs / "strict"]))[0] == "gradual epochs=8 new-unit=imprint prune=0.8"
+
+
+def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
     shutil.copytree(runs / "gradual", tmp_path / "less")
     args = json.loads((tmp_path / "less/args.json").read_text())
     (tmp_path / "less/args.json").write_text(json.dumps(args | {"label_budget": args["label_budget"] / 2}))
-    assert evaluate.main([str(f) for f in (runs / "gradual", tmp_path / "less", "--out", tmp_path / "two.png")]) == 0
-    assert (tmp_path / "budgets.png").exists()
-    assert not evaluate.draw_budgets(evaluate.compare([runs / "gradual", runs / "self"]), tmp_path / "none.png")
+    folders = [runs / "gradual", tmp_path / "less", runs / "self", runs / "supervised"]
+    summary = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+    assert evaluate.draw_budgets(evaluate.compare(folders), tmp_path / "budgets.png")
+    lines = {line.get_label(): [part.get_xydata().tolist() for part in line.lines if part is not None][0] for line in drawn[0].containers}
+    head, probed = summary["gradual"]["accuracy"], [summary["self"][probe] for probe in ("probe_leaked", "probe")]
+    assert np.allclose(lines.pop("gradual"), [(10, 100 * head), (20, 100 * head)])
+    assert np.allclose(lines.pop("self, then a probe"), [(20, 100 * probed[0]), (100, 100 * probed[1])])
+    assert np.allclose(lines.pop("supervised"), [(100, 100 * summary["supervised"]["accuracy"])]) and not lines
+    assert not evaluate.draw_budgets(evaluate.compare([runs / "gradual", runs / "semi"]), tmp_path / "none.png")
 
 
 def test_progress_is_drawn_of_every_run_that_trains_a_head(runs, tmp_path, monkeypatch):
