@@ -5,7 +5,7 @@
     self-known   the known classes only, no labels
     semi         all classes, the whole label budget from the first epoch
     supervised   all classes, all labels
-    labels-only  the label budget, and only the images that have a label
+    labels-only  the label budget, and losses on the images that have a label alone
 
     now = stage("gradual", epoch=12, epochs=30, num_classes=10)
     now.classes, now.named, now.label_fraction, now.mix, now.sparsity
@@ -34,7 +34,7 @@ class Stage:
     mix: dict[str, float]  # weight of each loss: ntxent, aggregation, propagation, supervised
     labelled_share: float  # of each batch, drawn from the labelled images
     sparsity: float  # fraction of the prunable weights that are zero at the end of the epoch
-    discovery: bool = False  # images that no unit claims may open a unit that has no name yet
+    discovery: bool = False  # images that no names around them claim may open a unit that has no name yet
 
 
 def ramp(progress: float, start: float, end: float) -> float:

@@ -94,7 +94,7 @@ def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float]:
     """Accuracy (0..1) of each class; NaN for a class without images."""
     right = (predicted == y).double()
-    count = y.bincount(minlength=num_classes)[:num_classes]
+    count = y.bincount(minlength=num_classes)
     return (torch.zeros(num_classes, dtype=torch.double, device=y.device).index_add_(0, y, right) / count).tolist()
 
 
@@ -179,7 +179,7 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
     """The run over its epochs: accuracy by class, losses, labels and pseudo-labels. rows: those of log.csv."""
     x, stages = [row["epoch"] for row in rows], [row["stage"] for row in rows]
     fig, axes = figure(9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3))
-    for c, name in enumerate(classes[: len(COLOURS)] if len(classes) <= len(COLOURS) else []):
+    for c, name in enumerate(classes if len(classes) <= len(COLOURS) else []):
         y = [row[f"accuracy_{name}"] if c < row["classes"] and row["accuracy"] is not None else np.nan for row in rows]
         style = dict(linestyle="-" if c < known else "--", marker=MARKERS[c], markevery=(c % 4, 4), markersize=4)
         axes[0].plot(x, y, color=COLOURS[c], linewidth=1.1, alpha=0.9, label=name if c < known else f"{name} (late)", **style)
@@ -187,10 +187,10 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
     axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     terms = [key for key in rows[0] if key.startswith("loss_")]
-    for term, colour in zip(terms, COLOURS, strict=False):
+    for term, colour, marker in zip(terms, COLOURS, MARKERS, strict=False):
         y = [row[term] if row[term] is not None else np.nan for row in rows]
         if not np.isnan(y).all():
-            axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=MARKERS[COLOURS.index(colour)], markersize=3)
+            axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=marker, markersize=3)
     axes[1].set(ylabel="loss, unweighted", ylim=(0, None))
     axes[2].plot(x, [row["labelled"] for row in rows], color="black", linewidth=2, label="images with a known label")
     for key, label, colour, marker in (
@@ -220,10 +220,10 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
     for event in events:
         if event["unit"] is not None:
             spans += [[] for _ in range(event["unit"] + 1 - len(spans))]
-            owner = {"opened": None, "released": -1}.get(event["event"], -2)
-            owner = classes.index(event["class"]) if owner == -2 else owner
+            nameless = {"opened": None, "released": -1}
+            owner = nameless[event["event"]] if event["event"] in nameless else classes.index(event["class"])
             spans[event["unit"]].append((event["epoch"], owner, event))
-    shown = [u for u, life in enumerate(spans) if len(spans) <= 25 or life[0][2]]  # of a large head those that something happened to
+    shown = [u for u, life in enumerate(spans) if len(spans) <= 25 or life[-1][2]]  # of a large head those that something happened to
     fig, axes = figure(9, 3.6 + 0.27 * len(shown), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(shown), 2.6))
     for line, life in enumerate(spans[unit] for unit in shown):
         for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
@@ -271,11 +271,10 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
 def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
     """Schedules side by side: {name: the Stage of every epoch}. Classes and labels as shares, the mix as weights."""
     columns = min(3, len(schedules))
-    lines = -(-len(schedules) // columns)
+    lines, total = -(-len(schedules) // columns), max(stage.classes for stages in schedules.values() for stage in stages)
     fig, axes = figure(max(8, 4.3 * columns), 0.8 + 3.1 * lines, lines, columns, squeeze=False)
     for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
         x = np.linspace(0, 1, len(stages))
-        total = max(max(s.classes for s in all_stages) for all_stages in schedules.values())
         ax.fill_between(x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen")
         ax.fill_between(x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named")
         labels = [s.label_fraction for s in stages]
@@ -297,6 +296,8 @@ METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
 def project(h: Tensor, method: str = "tsne", rounds: int = 1000) -> np.ndarray:
     """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap". Raises ValueError if umap-learn is not installed."""
     unit = F.normalize(h.float(), dim=1).cpu().numpy()
+    if (unit == unit[0]).all():
+        return np.zeros((len(unit), 2))  # a network that has collapsed: there is nothing to project
     if method == "umap":
         try:
             from umap import UMAP
@@ -315,8 +316,9 @@ def project(h: Tensor, method: str = "tsne", rounds: int = 1000) -> np.ndarray:
 def scatter(ax, points: np.ndarray, y: np.ndarray, classes: Sequence[str], known: int, size: float, seen: int | None = None) -> None:
     """Points [N,2] of classes y [N], one colour and marker a class; late ones have an outline, those not `seen` yet are grey."""
     for c, name in enumerate(classes):
-        colour = COLOURS[c % len(COLOURS)] if seen is None or c < seen else "#D5D5D5"
-        edge = dict(edgecolors="black" if colour != "#D5D5D5" else "#AAAAAA", linewidths=0.5) if c >= known else dict(linewidths=0)
+        met = seen is None or c < seen
+        colour = COLOURS[c % len(COLOURS)] if met else "#D5D5D5"
+        edge = dict(edgecolors="black" if met else "#AAAAAA", linewidths=0.5) if c >= known else dict(linewidths=0)
         marker = MARKERS[(c + c // len(COLOURS)) % len(MARKERS)]
         label = f"{name} (late)" if c >= known else name
         ax.scatter(*points[y == c].T, s=size, color=colour, marker=marker, alpha=0.8, label=label, **edge)
@@ -449,10 +451,13 @@ def runs_among(paths: Sequence[str | Path]) -> list[Path]:
     folders = []
     for path in map(Path, paths):
         inside = sorted(args.parent for args in path.glob("*/args.json")) if not (path / "args.json").exists() else []
-        folders += inside or ([] if path.is_file() else [path])
-        for run in (run for run in inside if not (run / "summary.json").exists()):
-            print(f"{run}: not finished, left out", file=sys.stderr)
-            folders.remove(run)
+        for run in inside:
+            if (run / "summary.json").exists():
+                folders.append(run)
+            else:
+                print(f"{run}: not finished, left out", file=sys.stderr)
+        if not inside and not path.is_file():
+            folders.append(path)
     return list({folder.resolve(): folder for folder in folders}.values())
 
 
@@ -474,8 +479,9 @@ def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
     result = {}
     for setting, runs in zip(settings, groups.values(), strict=True):
         alike = [s for s in settings if s["curriculum"] == setting["curriculum"]]
-        known = {k: {json.dumps(s[k]) for s in (alike if k in ("lr", "label_budget") else settings) if k in s} for k in every}
-        given = {k.replace("_", "-"): setting[k] for k in every if len(known[k]) > 1 and setting.get(k) not in (None, False, [])}
+        values_of = {k: {json.dumps(s[k]) for s in (alike if k in ("lr", "label_budget") else settings) if k in s} for k in every}
+        told = [k for k in every if len(values_of[k]) > 1 and json.dumps(setting.get(k)) not in ("null", "false", "[]")]
+        given = {k.replace("_", "-"): setting[k] for k in told}
         name = " ".join([setting["curriculum"], *(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())])
         name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
         values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s, _ in runs], dtype=float) for c in COLUMNS}
@@ -601,8 +607,10 @@ def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
 
     try:
         whole = model.load(Path(folder) / "checkpoint.pt")
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:
         raise ValueError(f"{folder}: no checkpoint.pt that can be read ({type(error).__name__})") from None
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{path}: its folder is not there")
     small = model.compact(whole)
     x = torch.rand(512, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     apart = max(float((embed(whole, x, part) - embed(small, x, part)).abs().max()) for part in ("h", "z", "logits"))

@@ -131,6 +131,10 @@ class Units:
         self.owner, self.age, self.mature = list(owner), [mature] * len(owner), mature
         self.utility = torch.full((len(self.owner),), 1 / max(len(self.owner), 1), device=device)
 
+    def owners(self) -> Tensor:
+        """`owner` as a tensor, int64 [U]."""
+        return torch.tensor(self.owner, device=self.utility.device)
+
     def of_classes(self, num_classes: int) -> Tensor:
         """The unit of each class, -1 for a class that has none: int64 [num_classes]."""
         place = {c: unit for unit, c in enumerate(self.owner)}

@@ -893,7 +893,7 @@ def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_u
     claimed = train.Pool(now.active, now.labelled | (founders & (torch.arange(750) % 2 == 0)), now.taught)
     train.discover(state, dataset, claimed, claimed, h, args)
     assert state.units.owner[4] == grow_prune.FREE and state.events[-1]["event"] == "released"
-    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now, args)
+    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now.labelled, args)
     assert (unit, how) == (4, "recycled") and not (state.monitor.concept == 4).any()
     train.forget_unnamed(state)
     assert state.units.owner[4] == grow_prune.FREE
@@ -932,6 +932,7 @@ def test_the_first_labels_name_the_unit_that_was_opened_for_what_they_label(wait
     train.name_classes(state, dataset, train.Pool(now.active, now.labelled | labelled, torch.ones(5) > 0), now, seeds, place, args)
     assert state.units.owner == [0, 1, 2, 3, *([grow_prune.FREE] if waiting else []), 4]
     assert state.events[-1]["event"] == "named" and state.events[-1]["purity"] > 0.9
+    assert [event["unit"] for event in state.events if event["event"] == "released"] == [4] * waiting
     towards = F.normalize(h[labelled | own].mean(0), dim=0)  # what it stood for and what has its name; the learner is left alone
     assert F.cosine_similarity(state.average.head.weight[unit], towards, dim=0) > 0.9999
     assert all(torch.equal(new, old) for new, old in zip(state.network.head.parameters(), learner.parameters(), strict=True))
@@ -1371,6 +1372,15 @@ def test_missing_and_altered_data_get_one_line_without_a_network(capsys, tmp_pat
     assert contents(tmp_path).items() >= {Path(name): content for name, content in there.items()}.items()
 
 
+def test_a_folder_that_may_not_be_read_gets_one_line(capsys, tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "images")
+
+    monkeypatch.setattr(data, "load_dataset", denied)
+    flags = ["--dataset", f"folder:{tmp_path}", "--out", tmp_path / "run"]
+    assert "Permission denied" in refused(capsys, train.main, flags) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "out, words", [("held", "held is not empty"), ("held/mine.txt", "is a file"), ("held/mine.txt/run", "is a file"), ("run", "not empty")]
 )
@@ -1474,6 +1484,24 @@ def test_unfinished_runs_and_runs_of_the_same_seed_are_spoken_of(runs, tmp_path,
     assert "gradual     2 " in out and "three: not finished, left out" in err and "gradual: 1 of 2 runs repeat a seed" in err
 
 
+def test_the_picture_of_a_collapsed_network_is_a_point():
+    for method in ("pca", "tsne"):
+        assert (evaluate.project(torch.zeros(40, 8), method) == 0).all()
+        assert evaluate.project(torch.rand(40, 8, generator=seeded()), method).std() > 0
+
+
+def test_the_life_of_a_large_head_shows_the_units_that_something_happened_to(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
+    classes = [f"kind{c}" for c in range(31)]
+    row = {"epoch": 1, "units": 30, "labels": 9, "new_accuracy": None, "open_accuracy": 0.5, "novelty_auroc": None}
+    rows = [row | {"epoch": e, "accuracy_kind30": 0.1 * e} for e in (1, 2, 3)]
+    events = [dict.fromkeys(train.EVENT) | {"epoch": 2, "event": "recycled", "unit": 7, "class": "kind30"}]
+    evaluate.draw_life(rows, events, classes, 30, tmp_path / "life.png")
+    assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["7"]
+    assert [text.get_text() for text in drawn[0].texts] == ["kind7", "kind30"]
+
+
 def test_groups_are_named_after_what_tells_them_apart(runs, tmp_path):
     for name in ("gradual", "semi"):
         shutil.copytree(runs / name, tmp_path / name)
@@ -1482,7 +1510,7 @@ def test_groups_are_named_after_what_tells_them_apart(runs, tmp_path):
     assert list(evaluate.compare([runs / "gradual", tmp_path / "semi"])) == ["gradual", "semi"]  # each with its own rate
     names = list(evaluate.compare([runs / "gradual", tmp_path / "gradual", runs / "semi"]))
     assert names == ["gradual lr=0.06", "gradual lr=0.03", "semi"]
-    assert list(evaluate.compare([runs / "gradual", runs / "strict"]))[0] == "gradual epochs=8 new-unit=imprint prune=0.8"
+    assert list(evaluate.compare([runs / "gradual", runs / "strict"]))[0] == "gradual epochs=8 new-unit=imprint prune=0.8 prune-units=0.0"
 
 
 def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, monkeypatch):
@@ -1517,6 +1545,7 @@ def test_progress_is_drawn_of_every_run_that_trains_a_head(runs, tmp_path, monke
 def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
     shutil.copytree(runs / "self", tmp_path / "torn")
     (tmp_path / "torn/summary.json").write_text("{")
+    (tmp_path / "torn/checkpoint.pt").write_bytes(b"torn")
     (tmp_path / "begun").mkdir()
     shutil.copy(runs / "self/args.json", tmp_path / "begun")
     for args, words in (
@@ -1526,6 +1555,8 @@ def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
         ([runs / "self", "--out", tmp_path / "nowhere/figure.png"], "nowhere/figure.png"),
         ([runs / "self", runs / "semi", "--compact", tmp_path / "small.pt"], "--compact takes one run, not 2"),
         ([tmp_path / "begun", "--compact", tmp_path / "small.pt"], "begun: no checkpoint.pt that can be read"),
+        ([tmp_path / "torn", "--compact", tmp_path / "small.pt"], "torn: no checkpoint.pt that can be read"),
+        ([runs / "self", "--compact", tmp_path / "nowhere/small.pt"], "nowhere/small.pt: its folder is not there"),
     ):
         assert words in refused(capsys, evaluate.main, args)
 

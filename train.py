@@ -48,8 +48,8 @@ DEFAULTS = {
     "cifar100": dict(model="vgg16", epochs=100, batch_size=128, lr=0.06),
     "folder": dict(model="vgg-small", epochs=50, batch_size=128, lr=0.06),
 }
-UNKNOWN = -2  # says an image that looks like nothing that has a name
-WATCHED = 3000  # of all images, those that are asked every epoch whether any unit claims them; 60 a class if that is more
+UNKNOWN = -3  # where an image speaks for a unit: it looks like nothing that has a name
+WATCHED = 3000  # of all images, those that are asked every epoch whether names around claim them; 60 a class if that is more
 EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # the columns of events.csv
 NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
@@ -192,7 +192,7 @@ def share(right: Tensor, among: Tensor) -> float | None:
 
 def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
     """The unit [N] and the class [N] that the head prefers for embeddings h [N,D]: among all in use, and among those with a name."""
-    owner = torch.tensor(state.units.owner, device=h.device)
+    owner = state.units.owners()
     logits = state.average.head(h).detach().masked_fill(~state.units.in_use(taught), float("-inf"))
     return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
@@ -225,9 +225,9 @@ def some_of(mask: Tensor, count: int, seed: int) -> Tensor:
 
 
 def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
-    """What an image is compared with to see whether anybody claims it: indices int64 [M].
+    """The images that are asked whether anybody claims them, and that they are compared with: indices int64 [M].
 
-    The same random images every epoch, as far as they are there, and all that are `labelled` (bool [N]).
+    The same random images every epoch, as far as they are there, and, to compare with, all that are `labelled` (bool [N]).
     """
     watched = some_of(torch.ones_like(labelled), max(WATCHED, 60 * len(now.taught)), seed)
     chosen = labelled.clone()
@@ -264,7 +264,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     steps = math.ceil(n / args.batch_size)
     every, background = searched(n)
     per_cluster = 42  # images in a cluster, as in the paper
-    classroom = pools([NOTHING, *stages], y, leak, classes, known, args.replay)
+    classroom = pools([NOTHING, *stages], y, leak, classes, known, args.replay)  # the first is empty, that of epoch e is e + 1
     h = None  # what the running mean sees of the images at the end of an epoch: unit embeddings [N,D]
     for epoch in range(len(state.rows), args.epochs):
         began = time.perf_counter()
@@ -287,7 +287,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if epoch:
             name_classes(state, dataset, now, before, seeds, leak, args)  # the first labels of a class give it a unit
         if not stage.discovery:
-            forget_unnamed(state)
+            forget_unnamed(state)  # after the last names were given
         unit_of = state.units.of_classes(classes)
         seeds[now.labelled] = unit_of[y[now.labelled]]
 
@@ -296,16 +296,18 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if mix["aggregation"]:
             clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
         if mix["propagation"]:
-            labels = seeds[now.labelled].bincount(minlength=len(state.units.owner) + 1)  # as many of every kind, where all images are kept
-            due = labels + (labels > 0).float() if args.replay is None else None  # and few are a rough measure
+            # A class is due images in proportion to its labels (few are a rough measure: one more), if all its images are kept.
+            labels = seeds[now.labelled].bincount(minlength=len(state.units.owner) + 1)
+            due = labels + (labels > 0).float() if args.replay is None else None
             pseudo[members], confidence[members] = vote(state, bank.rows[members], h[members], seeds[members], due)
             h = None
 
         if not epoch:
-            look(state, dataset, "before", stage.classes)
+            snapshot(state, dataset, "before", stage.classes)
         network.train()
         in_use, label = state.units.in_use(now.taught), torch.where(now.labelled, seeds, -1)
-        lesson = Lesson(mix, now.active, in_use, label, pseudo, confidence, clusters, every, background, decay=1 - 1 / steps)
+        search = dict(every=every, background=background, decay=1 - 1 / steps)
+        lesson = Lesson(mix, now.active, in_use, label, pseudo, confidence, clusters, **search)
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
@@ -329,20 +331,18 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
         state.rows.append(row)
         if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
-            look(state, dataset, stage.name, stage.classes)
+            snapshot(state, dataset, stage.name, stage.classes)
         write_tables(out, state)  # before the checkpoint: after a kill between the two, the epoch is run and written again
         write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes))
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
-        print("\n".join([progress_line(row, args.epochs, state.rows), *happened]), flush=True)
+        print("\n".join([progress_line(state.rows, args.epochs), *happened]), flush=True)
 
     give_memory_back()
     finish(args, dataset, state, leak, stages, classroom, out)
     return 0
 
 
-def learn(
-    state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None
-) -> dict[str, Tensor]:
+def learn(state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
     Nothing in it waits for the device or depends on values, so that a GPU is never idle.
@@ -417,17 +417,17 @@ def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, rememb
 
 
 def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace) -> Tensor:
-    """Concept before name: images that no unit claims, epoch after epoch, and that resemble each other, get an unnamed unit.
+    """Concept before name: images that no names around them claim, epoch after epoch, and that resemble each other, get an unnamed unit.
 
     h: unit embeddings [N,D] by the running mean, of the images that are there.
     Returns the unnamed unit that an image speaks for, UNKNOWN where it says that nobody knows it, -1 where it says nothing: int64 [N].
     """
     units, monitor, y = state.units, state.monitor, dataset.train_y
-    seeds = torch.full_like(y, -1)
-    if not before.labelled.any():
+    seeds, labelled = torch.full_like(y, -1), before.labelled & now.active
+    if not labelled.any():
         return seeds
-    index = surroundings(now, before.labelled, args.seed)
-    around, named, watched = h[index], before.labelled[index], index[~now.labelled[index]]
+    index = surroundings(now, labelled, args.seed)
+    around, named, watched = h[index], labelled[index], index[~now.labelled[index]]
     claims, limit = grow_prune.claim(h[watched], around, named), grow_prune.threshold(around, named)
     unit = said(state, h[watched], before.taught)[0]
     unclaimed = claims < limit
@@ -436,7 +436,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     speaks = torch.full_like(watched, -1)  # the unnamed unit of an image: what it looks like, or what it helped to open
     for u in (u for u, owner in enumerate(units.owner) if owner == grow_prune.UNNAMED):
         mine = unclaimed & ((unit == u) | (monitor.concept[watched] == u))
-        if mine.sum() < 10:  # half of the fewest founders: names around them have come to claim them
+        if mine.sum() < 10:  # fewer than can open one: names around them have come to claim them
             units.owner[u] = grow_prune.FREE
             state.tell("released", unit=u, count=int(mine.sum()))
         else:
@@ -444,7 +444,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     claims[speaks >= 0] = math.inf  # by the unnamed unit
     group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
-        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before, args)
+        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], labelled, args)
         speaks[speaks == new] = -1  # if the unit was another concept's
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
@@ -462,13 +462,15 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
 
 
 def forget_unnamed(state: State) -> None:
-    """When no more classes come, units that never got a name are nobody's."""
+    """Where nothing is discovered any more, units that never got a name are nobody's."""
     for unit in (u for u, owner in enumerate(state.units.owner) if owner == grow_prune.UNNAMED):
         state.units.owner[unit] = grow_prune.FREE
         state.tell("released", unit=unit)
 
 
-def open_unit(state: State, dataset: data.Dataset, owner: int, index: Tensor, known: Pool, args: argparse.Namespace) -> tuple[int, str]:
+def open_unit(
+    state: State, dataset: data.Dataset, owner: int, index: Tensor, labelled: Tensor, args: argparse.Namespace
+) -> tuple[int, str]:
     """A unit for `owner` in the head and in its running mean, imprinted with the images `index`; "grown" or "recycled"."""
     unit, how = state.units.take(state.network.head, state.optimizer, owner)
     state.monitor.concept[state.monitor.concept == unit] = -1  # what it stood for before
@@ -477,23 +479,23 @@ def open_unit(state: State, dataset: data.Dataset, owner: int, index: Tensor, kn
     for name, parameter in state.network.head.named_parameters():
         state.average.head.get_parameter(name).data[unit] = parameter.data[unit]
     if args.new_unit == "imprint":
-        imprint(state, dataset, unit, index, known, args.seed)
+        imprint(state, dataset, unit, index, labelled, args.seed)
     return unit, how
 
 
-def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, seed: int) -> None:
-    """Point a unit at the images `index`, in the head and in its running mean."""
+def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, labelled: Tensor, seed: int) -> None:
+    """Point a unit at the images `index`, in the head and in its running mean. labelled: bool [N], where labels are heeded."""
     grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
-    imprint_average(state, dataset, unit, index, known, seed)
+    imprint_average(state, dataset, unit, index, labelled, seed)
 
 
-def imprint_average(state: State, dataset: data.Dataset, unit: int, index: Tensor, known: Pool, seed: int) -> None:
+def imprint_average(state: State, dataset: data.Dataset, unit: int, index: Tensor, labelled: Tensor, seed: int) -> None:
     """The same in the running mean alone, which answers, and which alone heeds the labelled images of other classes.
 
     The bias that this takes would hold the learner back; in the mean it fades within an epoch or two, as the learner finds out
     what belongs to the unit.
     """
-    others = some_of(known.labelled & (dataset.train_y != state.units.owner[unit]), 1000, seed)
+    others = some_of(labelled & (dataset.train_y != state.units.owner[unit]), 1000, seed)
     h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
     grow_prune.imprint(state.average.head, unit, h, other_h)
 
@@ -502,7 +504,7 @@ def name_classes(
     state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace
 ) -> None:
     """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
-    units, y = state.units, dataset.train_y
+    units, y, labelled = state.units, dataset.train_y, before.labelled & now.active
     new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
     late = [c for c in new if c >= args.known_classes and before.taught.any()]
     test_h = state.embed(dataset.test_x) if late else None
@@ -511,7 +513,7 @@ def name_classes(
         event = {"name": dataset.classes[c], "count": len(index)}
         if c in late:
             was = said(state, test_h, before.taught)[1]
-            few = few_labels(state, dataset, c, test_h, was, before, leak, args.seed)
+            few = few_labels(state, dataset, c, test_h, was, before.taught, labelled, leak, args.seed)
         logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
         nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
         count = nearest.bincount(minlength=len(units.owner))
@@ -519,16 +521,17 @@ def name_classes(
         if units.owner[unit] == grow_prune.UNNAMED:
             if own is not None:
                 units.owner[own] = grow_prune.FREE
+                state.tell("released", unit=own)
             units.owner[unit], units.age[unit] = c, 0
             state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
             if args.new_unit == "imprint":  # what it was opened with and what has a name now, together
-                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), before, args.seed)
+                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), labelled, args.seed)
         elif own is not None:
             unit = own
             if args.new_unit == "imprint":
-                imprint(state, dataset, unit, index, before, args.seed)
+                imprint(state, dataset, unit, index, labelled, args.seed)
         else:
-            unit, how = open_unit(state, dataset, c, index, before, args)
+            unit, how = open_unit(state, dataset, c, index, labelled, args)
             seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
             state.tell(how, unit=unit, **event)
         if c in late:
@@ -536,21 +539,32 @@ def name_classes(
             taught[c] = True
             right, test_y = said(state, test_h, taught)[1] == dataset.test_y, dataset.test_y
             old = before.taught[test_y]
-            seen = {"accuracy": share(right, test_y == c), "lost": share(was == test_y, old) - share(right, old)}
-            state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **seen, **few})
+            sight = {"accuracy": share(right, test_y == c), "lost": share(was == test_y, old) - share(right, old)}
+            state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **sight, **few})
 
 
 def few_labels(
-    state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor, seed: int
+    state: State,
+    dataset: data.Dataset,
+    c: int,
+    test_h: Tensor,
+    was: Tensor,
+    taught: Tensor,
+    labelled: Tensor,
+    leak: Tensor,
+    seed: int,
 ) -> dict[str, float]:
-    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight); was: what is said now."""
+    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight).
+
+    was: the classes that are said now; taught bool [C], labelled bool [N]: the classes and images that have had a label.
+    """
     y, test_y = dataset.train_y, dataset.test_y
     first = (y == c).nonzero()[:, 0]
     first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
-    others = some_of(before.labelled, 1000, seed)
+    others = some_of(labelled, 1000, seed)
     first_h, other_h = (state.embed(dataset.train_x[i]) for i in (first, others))
-    named = state.units.in_use(before.taught) & (torch.tensor(state.units.owner, device=y.device) >= 0)
-    right, compared = was == test_y, before.taught[test_y] | (test_y == c)
+    named = state.units.in_use(taught) & (state.units.owners() >= 0)
+    right, compared = was == test_y, taught[test_y] | (test_y == c)
     return grow_prune.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
 
 
@@ -560,39 +574,39 @@ def measure(
     state: State,
     stage: curriculum.Stage,
     now: Pool,
-    seen: Tensor | None,
+    h: Tensor | None,
     pseudo: Tensor,
     confidence: Tensor,
 ) -> dict:
-    """Where the network stands after an epoch: a row of log.csv. seen: from `see`, if at hand; pseudo [N]: units; confidence [N].
+    """Where the network stands after an epoch: a row of log.csv. h: from `see`, if at hand; pseudo [N]: units; confidence [N].
 
-    A fixed part of the test images has to do; only the last epoch's accuracies over several classes see all of them.
+    A fixed part of the test images has to do. The last epoch asks all of them, but goes by this part in the accuracy of each class,
+    which is compared with that of earlier epochs.
     """
     y, n, known, classes = dataset.train_y, len(dataset.train_y), args.known_classes, len(dataset.classes)
-    test_x, test_y = dataset.test_x, dataset.test_y
-    part = torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))[: max(1000, n // 5)].to(y.device)
-    if len(state.rows) < args.epochs - 1:
-        test_x, test_y = test_x[part], test_y[part]
-        part = slice(None)
+    everything = torch.ones_like(dataset.test_y, dtype=torch.bool)
+    fixed = some_of(everything, max(1000, n // 5), seed=0)
+    asked = everything.nonzero()[:, 0] if len(state.rows) == args.epochs - 1 else fixed
+    test_x, test_y, part = dataset.test_x[asked], dataset.test_y[asked], torch.isin(asked, fixed)
     accuracy = old = new = open_set = unknown = novelty = None
     by_class = [None] * classes
     if now.taught.any():
-        h = state.embed(test_x)
-        unit, guess = said(state, h, now.taught)
+        test_h = state.embed(test_x)
+        unit, guess = said(state, test_h, now.taught)
         right, met = guess == test_y, now.taught[test_y]
         accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
         by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
         if args.curriculum == "gradual":
             index = surroundings(now, now.labelled, args.seed)
-            around = state.embed(dataset.train_x[index]) if seen is None else seen[index]
+            around = state.embed(dataset.train_x[index]) if h is None else h[index]
             named = now.labelled[index]
-            claims = grow_prune.claim(h, around, named)
-            nobody = (claims < grow_prune.threshold(around, named)) | (torch.tensor(state.units.owner, device=y.device)[unit] < 0)
+            claims = grow_prune.claim(test_h, around, named)
+            nobody = (claims < grow_prune.threshold(around, named)) | (state.units.owners()[unit] < 0)
             open_set, unknown = torch.where(met, right & ~nobody, nobody).float().mean().item(), share(nobody, ~met)
             here = met | (test_y < stage.classes)
             novelty = evaluate.novelty_auroc(-claims[here], ~met[here]) if (here & ~met).any() else None
     hidden = now.active & ~now.labelled & (pseudo >= 0)  # where propagation had to guess
-    right = torch.tensor(state.units.owner, device=y.device)[pseudo] == y
+    right = state.units.owners()[pseudo] == y  # of interest where `hidden`
     return {
         "epoch": len(state.rows) + 1,
         "stage": stage.name,
@@ -616,9 +630,9 @@ def measure(
     }
 
 
-def look(state: State, dataset: data.Dataset, name: str, classes: int) -> None:
+def snapshot(state: State, dataset: data.Dataset, name: str, classes: int) -> None:
     """Keep the embeddings of 300 test images, always the same, for a picture of how they came to lie where they do."""
-    part = torch.randperm(len(dataset.test_y), generator=torch.Generator().manual_seed(1))[:300].to(dataset.test_y.device)
+    part = some_of(torch.ones_like(dataset.test_y, dtype=torch.bool), 300, seed=1)
     h, y = F.normalize(state.embed(dataset.test_x[part]), dim=1).half().cpu(), dataset.test_y[part].cpu()
     state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h, "y": y})
 
@@ -649,7 +663,7 @@ def announce(args: argparse.Namespace, dataset: data.Dataset, state: State, out:
     print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
     print(f"old classes: {', '.join(dataset.classes[: args.known_classes][:12])}; new ones: {', '.join(late[:12]) or 'none'}")
     if args.curriculum == "gradual" and args.epochs < 15:
-        print(f"{args.epochs} epochs are few for a curriculum: stages will run together; 15 or more let new classes arrive one by one")
+        print(f"{args.epochs} epochs are few for a curriculum: its stages will run together; 15 or more keep them apart")
     print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if state.bf16 else 'float32'}; writing to {out}\n")
     print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new   open  pruned  img/s    left")
 
@@ -659,8 +673,9 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def progress_line(row: dict, epochs: int, rows: list[dict]) -> str:
-    """One epoch as one line; open: accuracy where "unknown" is the right answer for classes without a label."""
+def progress_line(rows: list[dict], epochs: int) -> str:
+    """The latest epoch as one line; open: accuracy where "unknown" is the right answer for classes without a label."""
+    row = rows[-1]
     terms = "  ".join("     -" if row[f"loss_{t}"] is None else f"{row[f'loss_{t}']:6.3f}" for t in TERMS)
     recent = [r["seconds"] for r in rows[-5:]]
     left = round((epochs - row["epoch"]) * sum(recent) / len(recent))
@@ -675,10 +690,10 @@ def progress_line(row: dict, epochs: int, rows: list[dict]) -> str:
 
 def event_line(event: dict) -> str:
     """An event of the head's life as one line under its epoch."""
-    parts = [f"unit {event['unit']}" if event["unit"] is not None else "", event["class"] or ""]
-    parts += [f"{event['count']} images" if event["count"] is not None else ""]
-    parts += [f"{100 * event['purity']:.0f} % pure" if event["purity"] is not None else ""]
-    return f"         {event['event']}: {', '.join(part for part in parts if part)}"
+    told = f"unit {event['unit']}" + (f" for class {event['class']}" if event["class"] else "")
+    evidence = [f"{event['count']} images"] if event["count"] is not None else []
+    evidence += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
+    return f"         {event['event']}: {told}" + (f" ({', '.join(evidence)})" if evidence else "")
 
 
 def finish(
@@ -713,21 +728,17 @@ def finish(
         "first_sight_classes": state.first_sight,
         "classes": names,
     }
-    pictures = {
-        "curves": lambda path: evaluate.draw_curves(rows, names, known, path),
-        "curriculum": lambda path: evaluate.draw_curricula({args.curriculum: stages}, path),
-        "life": lambda path: evaluate.draw_life(rows, state.events, names, known, path),
-        "embedding": lambda path: evaluate.draw_embedding(test_h, test_y, names, path, args.embedding, known),
-        "story": lambda path: evaluate.draw_story(state.looks, names, known, path, args.embedding),
-    }
+    evaluate.draw_curves(rows, names, known, out / "curves.png")
+    evaluate.draw_curricula({args.curriculum: stages}, out / "curriculum.png")
+    evaluate.draw_embedding(test_h, test_y, names, out / "embedding.png", args.embedding, known)
+    evaluate.draw_story(state.looks, names, known, out / "story.png", args.embedding)
+    if state.events:
+        evaluate.draw_life(rows, state.events, names, known, out / "life.png")
     if last["accuracy"] is not None:
-        guess = said(state, test_h, classroom[-1].taught)[1]
-        pictures["confusion"] = lambda path: evaluate.draw_confusion(guess, test_y, names, path)
-    for name, draw in pictures.items():
-        draw(out / f"{name}.png")
+        evaluate.draw_confusion(said(state, test_h, classroom[-1].taught)[1], test_y, names, out / "confusion.png")
     write_json(out / "summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), known)}\n")
-    print(f"{out}/: summary.json log.csv events.csv checkpoint.pt {' '.join(f'{name}.png' for name in pictures)}")
+    print(f"{out}/: summary.json log.csv events.csv checkpoint.pt {' '.join(sorted(p.name for p in out.glob('*.png')))}")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -880,7 +891,7 @@ def one_of(flag: str, value: str, known: tuple[str, ...] | list[str]) -> None:
 def check(args: argparse.Namespace) -> None:
     """Every flag that can be judged without the data. Raises ValueError, in one line."""
     one_of("curriculum", args.curriculum, [*curriculum.CURRICULA, "all"])
-    one_of("embedding", args.embedding, ["pca", "tsne", "umap"])
+    one_of("embedding", args.embedding, [*evaluate.METHODS])
     one_of("new-unit", args.new_unit, ["imprint", "random"])
     if args.embedding == "umap" and importlib.util.find_spec("umap") is None:
         raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne")
@@ -1025,21 +1036,22 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     again = parser()
     again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
     args = again.parse_args(argv)
-    checkpoint = None
+    checkpoint, made_with = None, saved
     if (out / "checkpoint.pt").exists():  # a run that was stopped in its first epoch begins again
         try:
             with zipfile.ZipFile(out / "checkpoint.pt") as file:
                 if torn := file.testzip():
                     raise ValueError(f"the checksum of {torn} is wrong")
             checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-            saved, version = checkpoint["args"], checkpoint["version"]
+            made_with, version = checkpoint["args"], checkpoint["version"]
         except Exception as error:
             raise ValueError(f"--resume: {out / 'checkpoint.pt'} is damaged ({data.reason(error)})") from None
         if version != VERSION:
             raise ValueError(f"--resume: the checkpoint has version {version}, this program writes {VERSION}")
     for name in sorted(vars(args).keys() - free):
-        if saved.get(name) != getattr(args, name):
-            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {saved.get(name)}, not {getattr(args, name)}")
+        made = made_with.get(name)
+        if made != getattr(args, name):
+            raise ValueError(f"--resume: the run was made with --{name.replace('_', '-')} {made}, not {getattr(args, name)}")
     check(args)
     device, dataset = pick_device(args.device), load(args)
     if checkpoint and len(checkpoint["bank"]) != len(dataset.train_y):
@@ -1084,7 +1096,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, sys.argv[1:] if argv is None else argv)
         ready = resume(args, argv) if args.resume else start(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
