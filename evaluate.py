@@ -6,7 +6,7 @@
     forgetting(per_class_accuracy), novelty_auroc(score, is_new)
 
 `python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings), comparison.png,
-progress.png and, of several label budgets, budgets.png.
+progress.png and, of several shares of labels, budgets.png.
 `python evaluate.py RUN --compact FILE` writes a run's network without its dead filters.
 """
 
