@@ -1014,7 +1014,7 @@ def start(args: argparse.Namespace) -> tuple:
         if device.type == "cuda":
             print("--dataset auto: cifar10, since there is a GPU; for a minute's run: python train.py --dataset digits")
         else:
-            small = "--dataset cifar10 --model vgg-small --per-class 1000 --epochs 30"
+            small = "--dataset cifar10 --model vgg-small --per-class 2000 --epochs 15"
             print(f"--dataset auto: digits, since there is no GPU; for CIFAR-10: python train.py {small}")
     for name, value in DEFAULTS.get(args.dataset.partition(":")[0], {}).items():
         if getattr(args, name) is None:
