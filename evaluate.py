@@ -246,7 +246,8 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
         text = f"{names[0]}\narrives" if len(names) == 1 else f"{len(names)}\narrive"
         if len(epochs) <= 10:
             axes[0].text(epoch - 0.5, len(shown) - 0.3, text, ha="center", va="bottom", fontsize=8)
-    axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
+    if any(event["event"] == "opened" for event in events):
+        axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
     axes[0].set(ylabel="unit", ylim=(-0.6, len(shown) - 0.4))
     axes[0].set_yticks(range(len(shown)), shown)
     x = [row["epoch"] for row in rows]
