@@ -1522,7 +1522,7 @@ def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, m
     folders = [runs / "gradual", tmp_path / "less", runs / "self", runs / "supervised"]
     summary = {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
     assert evaluate.draw_budgets(evaluate.compare(folders), tmp_path / "budgets.png")
-    lines = {line.get_label(): [part.get_xydata().tolist() for part in line.lines if part is not None][0] for line in drawn[0].containers}
+    lines = {line.get_label(): line.lines[0].get_xydata() for line in drawn[0].containers}
     head, probed = summary["gradual"]["accuracy"], [summary["self"][probe] for probe in ("probe_leaked", "probe")]
     assert np.allclose(lines.pop("gradual"), [(10, 100 * head), (20, 100 * head)])
     assert np.allclose(lines.pop("self, then a probe"), [(20, 100 * probed[0]), (100, 100 * probed[1])])
