@@ -22,7 +22,7 @@ import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +276,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         draws, generator = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
         before, now = classroom[epoch : epoch + 2]
+        before = replace(before, labelled=before.labelled & now.active)  # replay may have dropped some
         if not now.taught.any():
             mix |= {"propagation": 0.0, "supervised": 0.0}
         welcome(state, dataset, now, before, remembered=bool(mix["aggregation"] or mix["propagation"]))
@@ -306,8 +307,9 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             snapshot(state, dataset, "before", stage.classes)
         network.train()
         in_use, label = state.units.in_use(now.taught), torch.where(now.labelled, seeds, -1)
-        search = dict(every=every, background=background, decay=1 - 1 / steps)
-        lesson = Lesson(mix, now.active, in_use, label, pseudo, confidence, clusters, **search)
+        lesson = Lesson(
+            mix, now.active, in_use, label, pseudo, confidence, clusters, every=every, background=background, decay=1 - 1 / steps
+        )
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
@@ -423,11 +425,11 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     Returns the unnamed unit that an image speaks for, UNKNOWN where it says that nobody knows it, -1 where it says nothing: int64 [N].
     """
     units, monitor, y = state.units, state.monitor, dataset.train_y
-    seeds, labelled = torch.full_like(y, -1), before.labelled & now.active
-    if not labelled.any():
+    seeds = torch.full_like(y, -1)
+    if not before.labelled.any():
         return seeds
-    index = surroundings(now, labelled, args.seed)
-    around, named, watched = h[index], labelled[index], index[~now.labelled[index]]
+    index = surroundings(now, before.labelled, args.seed)
+    around, named, watched = h[index], before.labelled[index], index[~now.labelled[index]]
     claims, limit = grow_prune.claim(h[watched], around, named), grow_prune.threshold(around, named)
     unit = said(state, h[watched], before.taught)[0]
     unclaimed = claims < limit
@@ -444,7 +446,7 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     claims[speaks >= 0] = math.inf  # by the unnamed unit
     group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
-        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], labelled, args)
+        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before.labelled, args)
         speaks[speaks == new] = -1  # if the unit was another concept's
         speaks[group] = monitor.concept[watched[group]] = new
         kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
@@ -504,7 +506,7 @@ def name_classes(
     state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace
 ) -> None:
     """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
-    units, y, labelled = state.units, dataset.train_y, before.labelled & now.active
+    units, y = state.units, dataset.train_y
     new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
     late = [c for c in new if c >= args.known_classes and before.taught.any()]
     test_h = state.embed(dataset.test_x) if late else None
@@ -513,7 +515,7 @@ def name_classes(
         event = {"name": dataset.classes[c], "count": len(index)}
         if c in late:
             was = said(state, test_h, before.taught)[1]
-            few = few_labels(state, dataset, c, test_h, was, before.taught, labelled, leak, args.seed)
+            few = few_labels(state, dataset, c, test_h, was, before, leak, args.seed)
         logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
         nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
         count = nearest.bincount(minlength=len(units.owner))
@@ -525,13 +527,13 @@ def name_classes(
             units.owner[unit], units.age[unit] = c, 0
             state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
             if args.new_unit == "imprint":  # what it was opened with and what has a name now, together
-                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), labelled, args.seed)
+                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), before.labelled, args.seed)
         elif own is not None:
             unit = own
             if args.new_unit == "imprint":
-                imprint(state, dataset, unit, index, labelled, args.seed)
+                imprint(state, dataset, unit, index, before.labelled, args.seed)
         else:
-            unit, how = open_unit(state, dataset, c, index, labelled, args)
+            unit, how = open_unit(state, dataset, c, index, before.labelled, args)
             seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
             state.tell(how, unit=unit, **event)
         if c in late:
@@ -544,27 +546,16 @@ def name_classes(
 
 
 def few_labels(
-    state: State,
-    dataset: data.Dataset,
-    c: int,
-    test_h: Tensor,
-    was: Tensor,
-    taught: Tensor,
-    labelled: Tensor,
-    leak: Tensor,
-    seed: int,
+    state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor, seed: int
 ) -> dict[str, float]:
-    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight).
-
-    was: the classes that are said now; taught bool [C], labelled bool [N]: the classes and images that have had a label.
-    """
+    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight); was: what is said now."""
     y, test_y = dataset.train_y, dataset.test_y
     first = (y == c).nonzero()[:, 0]
     first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
-    others = some_of(labelled, 1000, seed)
+    others = some_of(before.labelled, 1000, seed)
     first_h, other_h = (state.embed(dataset.train_x[i]) for i in (first, others))
-    named = state.units.in_use(taught) & (state.units.owners() >= 0)
-    right, compared = was == test_y, taught[test_y] | (test_y == c)
+    named = state.units.in_use(before.taught) & (state.units.owners() >= 0)
+    right, compared = was == test_y, before.taught[test_y] | (test_y == c)
     return grow_prune.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
 
 
