@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Okabe & Ito's colours, which colour-blind people can tell apart, and markers so that colour is not needed.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000", "#8B5A2B", "#999999")
+# Six colours of Okabe & Ito's and four of Tol's, which colour-blind people can tell apart, and markers so that colour is not needed.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999933", "#332288", "#882255", "#44AA99")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 STAGE_SHADES = ("#FFFFFF", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 
@@ -191,7 +191,7 @@ def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str 
         y = [row[term] if row[term] is not None else np.nan for row in rows]
         if not np.isnan(y).all():
             axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=marker, markersize=3)
-    axes[1].set(ylabel="loss, unweighted", ylim=(0, None))
+    axes[1].set(ylabel="loss, unweighted", yscale="log")
     axes[2].plot(x, [row["labelled"] for row in rows], color="black", linewidth=2, label="images with a known label")
     for key, label, colour, marker in (
         ("pseudo_accuracy", "pseudo-labels right", COLOURS[0], "o"),
@@ -356,7 +356,8 @@ def draw_story(looks: list[dict], classes: Sequence[str], known: int, path: str 
         ax.set_title(look["name"] + (f", epoch {look['epoch']}" if look["epoch"] else ""))
     if len(classes) <= 20:
         handles, names = axes[0, -1].get_legend_handles_labels()
-        fig.legend(handles, names, loc="outside lower center", ncol=min(len(classes), 10), frameon=False)
+        look = dict(ncol=min(len(classes), 10), handletextpad=0.1, columnspacing=1.6, markerscale=1.8)
+        fig.legend(handles, names, loc="outside lower center", frameon=False, **look)
     fig.suptitle(f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]}); grey: classes not met yet", fontsize=11)
     save(fig, path)
 
@@ -518,21 +519,22 @@ def comparison_table(result: dict[str, dict]) -> str:
 def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
     """Bars with the standard deviation over runs, one panel for accuracies and one for clusters."""
     panels = (
-        ("accuracy", ("accuracy", "probe_leaked", "probe", "knn"), ("head", "probe, same labels", "probe, all labels", "kNN, all labels")),
-        ("clusters of the test embeddings", ("ari", "nmi"), ("ARI", "NMI")),
+        ("test accuracy, %", dict(accuracy="head", probe_leaked="probe, same labels", probe="probe, all labels", knn="kNN, all labels")),
+        ("clusters of the test embeddings", dict(ari="ARI", nmi="NMI")),
     )
     fig, axes = figure(11, 1.6 + 0.62 * len(result), 1, 2, sharey=True, width_ratios=(3, 2))
-    for ax, (title, columns, labels) in zip(axes, panels, strict=True):
+    for ax, (title, columns) in zip(axes, panels, strict=True):
         height = 0.8 / len(columns)
-        for i, (column, label) in enumerate(zip(columns, labels, strict=True)):
-            stats = [spread(row[column]) for row in result.values()]
+        for i, (column, label) in enumerate(columns.items()):
+            _, factor, digits = COLUMNS[column]
+            stats = [spread(factor * row[column]) for row in result.values()]
             y = np.arange(len(result)) + (i - (len(columns) - 1) / 2) * height
             mean = [m for m, _ in stats]
             ax.barh(y, np.nan_to_num(mean), height * 0.92, xerr=np.nan_to_num([s for _, s in stats]), color=COLOURS[i], label=label)
             for value, (m, s) in zip(y, stats, strict=True):
                 if not np.isnan(m):
-                    ax.text(m + np.nan_to_num(s) + 0.01, value, f"{m:.2f}", va="center", fontsize=8)
-        ax.set(title=title, xlim=(0, 1.08))
+                    ax.text(m + np.nan_to_num(s) + 0.01 * factor, value, f"{m:.{min(digits, 2)}f}", va="center", fontsize=8)
+        ax.set(title=title, xlim=(0, 1.08 * factor))
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4, frameon=False, fontsize=9)
     axes[0].set_yticks(
         range(len(result)),
@@ -590,7 +592,9 @@ def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
         x, mean, std = np.array([(x, *points[x]) for x in sorted(points)]).reshape(-1, 3).T
         style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
         ax.errorbar(x, mean, np.nan_to_num(std), label=line, **style)
-    ax.set(xscale="log", xlabel="labelled images, % of each class", ylabel="test accuracy, %")
+        one = np.isnan(std)
+        ax.plot(x[one], mean[one], style["marker"], color=style["color"], markerfacecolor="white", zorder=3)
+    ax.set(xscale="log", xlabel="labelled images, % of each class (hollow: one run)", ylabel="test accuracy, %")
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.25)
