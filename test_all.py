@@ -1527,7 +1527,26 @@ def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, m
     assert np.allclose(lines.pop("gradual"), [(10, 100 * head), (20, 100 * head)])
     assert np.allclose(lines.pop("self, then a probe"), [(20, 100 * probed[0]), (100, 100 * probed[1])])
     assert np.allclose(lines.pop("supervised"), [(100, 100 * summary["supervised"]["accuracy"])]) and not lines
+    hollow = [line for line in drawn[0].lines if line.get_markerfacecolor() == "white"]
+    assert sum(len(line.get_xdata()) for line in hollow) == 5  # all of them are of a single run
     assert not evaluate.draw_budgets(evaluate.compare([runs / "gradual", runs / "semi"]), tmp_path / "none.png")
+
+
+def test_comparisons_are_drawn_in_per_cent_and_tell_mean_and_spread(runs, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes))
+    shutil.copytree(runs / "gradual", tmp_path / "again")
+    summary = json.loads((runs / "gradual/summary.json").read_text())
+    (tmp_path / "again/summary.json").write_text(json.dumps(summary | {"accuracy": summary["accuracy"] + 0.1}))
+    evaluate.draw_comparison(evaluate.compare([runs / "gradual", tmp_path / "again", runs / "self"]), tmp_path / "none.png")
+    accuracy, clusters = drawn[0]
+    bars = {bar.get_label(): [patch.get_width() for patch in bar] for bar in (c for c in accuracy.containers if hasattr(c, "patches"))}
+    assert np.allclose(bars["head"], [100 * summary["accuracy"] + 5, 0])  # self trains none
+    texts = {text.get_text() for text in accuracy.texts}
+    assert {f"{100 * summary['accuracy'] + 5:.1f}", f"{100 * summary['knn']:.1f}"} <= texts
+    assert f"{summary['ari']:.2f}" in {text.get_text() for text in clusters.texts}
+    spread = next(c for c in accuracy.containers if not hasattr(c, "patches"))  # error bars of the head
+    assert np.allclose(np.ptp(spread.lines[2][0].get_segments()[0][:, 0]), 2 * np.std([0, 10], ddof=1))
 
 
 def test_progress_is_drawn_of_every_run_that_trains_a_head(runs, tmp_path, monkeypatch):
