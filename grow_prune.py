@@ -96,12 +96,14 @@ def recycle_unit(head: nn.Linear, optimizer: torch.optim.Optimizer | None, unit:
 
 
 @torch.no_grad()
-def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.03) -> None:
+def imprint(
+    head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.03, rivals: Tensor | None = None
+) -> None:
     """Point a unit at the mean direction of embeddings h [n,D] of its class, so that it can be predicted at once.
 
     The row becomes normalize(mean(normalize(h))), with the mean length of the other rows. others [m,D]: embeddings of images of
-    other classes; the unit's bias is lowered until it wins no more than the share `tolerance` of them from the other units, for
-    a mean of few images lies close to everything. The optimizer state is left alone.
+    other classes; the unit's bias is lowered until it wins no more than the share `tolerance` of them from its rivals (bool [U],
+    the units that answer; None: all), for a mean of few images lies close to everything. The optimizer state is left alone.
     """
     direction = F.normalize(F.normalize(h.float(), dim=1).mean(0), dim=0)
     rest = torch.arange(len(head.weight), device=head.weight.device) != unit
@@ -110,9 +112,10 @@ def imprint(head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None,
     if head.bias is None:
         return
     head.bias[unit] = 0
-    if others is not None and len(others) and rest.any():
+    rivals = rest if rivals is None else rest & rivals
+    if others is not None and len(others) and rivals.any():
         logits = head(others).float()
-        margin = logits[:, unit] - logits[:, rest].amax(1)
+        margin = logits[:, unit] - logits[:, rivals].amax(1)
         head.bias[unit] = -margin.quantile(1 - tolerance, interpolation="higher").clamp(min=0)
 
 
@@ -288,11 +291,11 @@ def first_sight(
     best = head(test_h).masked_fill(~named, float("-inf")).amax(1)
     result = {}
     for n in FEW:
-        for kind, options in (("imprint", [first_h[:n], other_h]), ("plain", [first_h[:n]]), ("random", None)):
+        for kind, options in (("imprint", {"others": other_h, "rivals": F.pad(named, (0, 1))}), ("plain", {}), ("random", None)):
             trial = copy.deepcopy(head)
             grow_head(trial, None)
-            if options:
-                imprint(trial, trial.out_features - 1, *options)
+            if options is not None:
+                imprint(trial, trial.out_features - 1, first_h[:n], **options)
             taken = trial(test_h)[:, -1] > best
             result[f"{kind}_{n}"] = taken[is_new].float().mean().item()
             result[f"{kind}_{n}_lost"] = (taken & right)[~is_new].float().mean().item()

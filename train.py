@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -79,14 +81,14 @@ class State:
 
     PARTS = ("masks", "rows", "events", "first_sight", "looks")
 
-    def pack(self, args: argparse.Namespace, classes: list[str]) -> dict:
-        """Plain values and tensors."""
+    def pack(self, args: argparse.Namespace, classes: list[str], taught: Tensor) -> dict:
+        """Plain values and tensors. taught: bool [C], the classes that have had a label; the units of others have no name yet."""
         state = {name: getattr(self, name) for name in self.PARTS}
         state |= {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         return state | {
             "version": VERSION,
             "args": vars(args),
-            "names": [classes[c] if c >= 0 else None for c in self.units.owner],
+            "names": [classes[c] if c >= 0 and taught[c] else None for c in self.units.owner],
             "bank": self.bank.rows,
             "units": vars(self.units),
             "monitor": vars(self.monitor),
@@ -335,7 +337,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
             snapshot(state, dataset, stage.name, stage.classes)
         write_tables(out, state)  # before the checkpoint: after a kill between the two, the epoch is run and written again
-        write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes))
+        write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes, now.taught))
         happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
         print("\n".join([progress_line(state.rows, args.epochs), *happened]), flush=True)
 
@@ -497,9 +499,11 @@ def imprint_average(state: State, dataset: data.Dataset, unit: int, index: Tenso
     The bias that this takes would hold the learner back; in the mean it fades within an epoch or two, as the learner finds out
     what belongs to the unit.
     """
-    others = some_of(labelled & (dataset.train_y != state.units.owner[unit]), 1000, seed)
+    y = dataset.train_y
+    others = some_of(labelled & (y != state.units.owner[unit]), 1000, seed)
     h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
-    grow_prune.imprint(state.average.head, unit, h, other_h)
+    rivals = state.units.in_use(y[labelled].bincount(minlength=len(dataset.classes)) > 0)
+    grow_prune.imprint(state.average.head, unit, h, other_h, rivals=rivals)
 
 
 def name_classes(
@@ -648,14 +652,13 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
 
 def announce(args: argparse.Namespace, dataset: data.Dataset, state: State, out: Path) -> None:
     """What is about to happen, and the heading of the lines that follow."""
-    weights, device = sum(p.numel() for p in state.network.parameters()) / 1e6, dataset.train_x.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    weights, where = sum(p.numel() for p in state.network.parameters()) / 1e6, machine(dataset.train_x.device)
     late = dataset.classes[args.known_classes :]
     print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
     print(f"old classes: {', '.join(dataset.classes[: args.known_classes][:12])}; new ones: {', '.join(late[:12]) or 'none'}")
     if args.curriculum == "gradual" and args.epochs < 15:
         print(f"{args.epochs} epochs are few for a curriculum: its stages will run together; 15 or more keep them apart")
-    print(f"{args.model}, {weights:.2f} M weights, on {where}, {'bfloat16' if state.bf16 else 'float32'}; writing to {out}\n")
+    print(f"{args.model}, {weights:.2f} M weights, on {where}; writing to {out}\n")
     print("   epoch stage        classes  labels  ntxent  aggreg  propag  superv  accuracy    old    new   open  pruned  img/s    left")
 
 
@@ -801,7 +804,13 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
 
 
-def provenance() -> dict:
+def machine(device: torch.device) -> str:
+    """What computes, and how precisely, in a few words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+    return f"{name}, {torch.get_num_threads()} threads, {'bfloat16' if has_bf16(device) else 'float32'}"
+
+
+def provenance(device: torch.device) -> dict:
     """What else it takes to run this again: versions, commit, machine."""
     here = Path(__file__).parent
     commit = None
@@ -810,7 +819,8 @@ def provenance() -> dict:
             git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    return {"versions": versions, "commit": commit, "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    versions |= {name: metadata.version(name) for name in ("numpy", "scikit-learn")}
+    return {"versions": versions, "commit": commit, "machine": machine(device)}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -940,7 +950,7 @@ def check_data(args: argparse.Namespace, dataset: data.Dataset) -> None:
     if args.curriculum in NEED_BUDGET and args.label_budget * int(count[few]) < 0.5:
         raise ValueError(
             f"--label-budget {args.label_budget} gives class '{dataset.classes[few]}' with its {int(count[few])} images no label; "
-            f"use at least {1 / int(count[few]):.2g}"
+            f"one of each class is {1 / int(count[few]):.2g}"
         )
 
 
@@ -962,7 +972,7 @@ def new_folder(stem: str) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def run_folder(args: argparse.Namespace) -> Path:
+def run_folder(args: argparse.Namespace, device: torch.device) -> Path:
     """A new run folder, with args.json in it. Raises ValueError if it cannot be written."""
     if args.out is None:
         out = new_folder(f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}")
@@ -971,7 +981,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         args.out = str(out)
-        write_json(out / "args.json", vars(args) | provenance())
+        write_json(out / "args.json", vars(args) | provenance(device))
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written ({error.strerror})") from None
     return out
@@ -1011,7 +1021,7 @@ def start(args: argparse.Namespace) -> tuple:
         if getattr(args, name) is None:
             setattr(args, name, value)
     model.build(args.model, 1)  # refuses a model that cannot be had
-    return args, load(args), device, run_folder(args), None
+    return args, load(args), device, run_folder(args, device), None
 
 
 def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
@@ -1023,10 +1033,11 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
             raise ValueError
     except (OSError, ValueError, AttributeError):
         raise ValueError(f"--resume: {out} holds no run (args.json is missing, damaged, or of another version)") from None
-    free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
     again = parser()
-    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in free})
+    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "resume")})
     args = again.parse_args(argv)
+    args.dataset = saved["dataset"] if args.dataset == "auto" else args.dataset
+    free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
     checkpoint, made_with = None, saved
     if (out / "checkpoint.pt").exists():  # a run that was stopped in its first epoch begins again
         try:
@@ -1068,13 +1079,17 @@ def several(args: argparse.Namespace, argv: list[str]) -> int:
         if status:
             print(f"for the rest: the same command with --resume --out {out}", file=sys.stderr)
             return status
-    return evaluate.main([*map(str, folders), "--out", str(out / "comparison.png")])
+    try:
+        return evaluate.main([*map(str, folders), "--out", str(out / "comparison.png")])
+    except KeyboardInterrupt:
+        print(f"\nstopped; all runs are finished: python evaluate.py {shlex.quote(str(out))}", file=sys.stderr)
+        return 130
 
 
 def way_on(args: argparse.Namespace | None) -> str:
     """What a run that was stopped tells its reader."""
     begun = args is not None and args.out is not None and (Path(args.out) / "args.json").exists()
-    return f"go on with: python train.py --resume --out {args.out}" if begun else "the run had not begun"
+    return f"go on with: python train.py --resume --out {shlex.quote(args.out)}" if begun else "the run had not begun"
 
 
 def main(argv: list[str] | None = None) -> int:
