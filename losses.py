@@ -308,6 +308,8 @@ def propagation(
     found: from `neighbours`, where several losses share one search.
 
         loss_i = confidence_i [ local aggregation with the images of the same pseudo-label + cross-entropy(pseudo-label) ]
+
+    Where no neighbour has the pseudo-label of an image, its nearest one stands in, as in `local_aggregation`.
     """
     together = local_aggregation(z, index, bank, pseudo[None], background, temperature, "none", found)
     named = supervised(logits, onehot, active, reduction="none")
