@@ -1202,6 +1202,17 @@ def test_resume_keeps_what_may_be_changed_unless_it_is(runs, tmp_path):
     assert (args.embedding, args.device, args.data_dir, args.dataset) == ("tsne", "cpu", "here", "digits")
 
 
+def test_ctrl_c_in_the_last_comparison_says_that_the_runs_are_there(tmp_path, monkeypatch, capsys):
+    def ctrl_c(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "main", ctrl_c)
+    out, main = tmp_path / "two runs", train.main
+    monkeypatch.setattr(train, "main", lambda argv: 0)
+    assert main(["--dataset", "digits", "--seeds", "2", "--out", str(out)]) == 130
+    assert capsys.readouterr().err == f"\nstopped; all runs are finished: python evaluate.py '{out}'\n"
+
+
 def test_a_unit_is_named_when_its_class_has_had_a_label(runs):
     classes = [str(digit) for digit in range(10)]
     assert sorted(filter(None, model.load(runs / "gradual/checkpoint.pt").names)) == classes
