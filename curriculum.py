@@ -13,6 +13,7 @@
 `python curriculum.py` prints the six schedules as tables and draws them to curriculum.png.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +46,11 @@ def ramp(progress: float, start: float, end: float) -> float:
 def cubic_sparsity(progress: float, target: float, start: float = PRUNE[0], end: float = PRUNE[1]) -> float:
     """target (1 - (1 - t)^3), t from 0 at start to 1 at end (Zhu & Gupta 2017, arXiv 1710.01878, equation 1)."""
     return target * (1 - (1 - ramp(progress, start, end)) ** 3)
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Warm-up over 5 % of the run, constant to 60 % so that late classes meet a plastic network, then a cosine to zero."""
+    return peak * min(1.0, progress / 0.05, 0.5 * (1 + math.cos(math.pi * ramp(progress, 0.6, 1.0))))
 
 
 def arrivals(num_classes: int, known: int) -> list[float]:

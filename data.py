@@ -7,6 +7,7 @@ include the earlier ones.
     dataset = load_dataset("digits")
     order = leak_order(dataset.train_y, seed=0)
     labelled = label_mask(order, dataset.train_y, fraction=0.1, classes=[3, 1, 4])     # bool [N]
+    now = pools(stages, dataset.train_y, order, classes=10, known=7)[epoch]            # now.active, now.labelled, ...
 """
 
 import difflib
@@ -286,6 +287,46 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     known = torch.zeros(len(count), dtype=torch.bool, device=labels.device)
     known[torch.as_tensor([c for c in classes if c < len(count)], dtype=torch.long, device=labels.device)] = True
     return (order < quota[labels]) & known[labels]
+
+
+@dataclass
+class Pool:
+    """What is there to learn from in an epoch: bool masks over the images [N] and the classes [C]."""
+
+    active: Tensor
+    labelled: Tensor
+    taught: Tensor  # the classes that have a label
+    arrived: Tensor  # the images that are there now and were not an epoch ago
+    labelled_before: Tensor  # those that had their label an epoch ago and are still there
+    taught_before: Tensor
+
+
+def pools(stages: Sequence, y: Tensor, order: Tensor, classes: int, known: int, replay: int | None = None) -> list[Pool]:
+    """What is there in each epoch, by its Stage (of curriculum.py), of images with labels y int64 [N], which leak in `order`.
+
+    classes: in all; known: those there from the start; replay: of classes that came before the latest late ones, only so many
+    exemplars remain (None: all).
+    """
+    result, there, latest = [], 0, 0
+    nothing, untaught = torch.zeros_like(y, dtype=torch.bool), torch.zeros(classes, dtype=torch.bool, device=y.device)
+    now = Pool(nothing, nothing, untaught, nothing, nothing, untaught)
+    for stage in stages:
+        if stage.classes > there:
+            latest, there = there, stage.classes  # the classes from `latest` on came last
+        active = y < there
+        if replay is not None and there > known:
+            active &= (y >= latest) | (order < replay)
+        labelled = label_mask(order, y, stage.label_fraction, range(stage.named)) & active
+        taught = y[labelled].bincount(minlength=classes) > 0
+        now = Pool(active, labelled, taught, active & ~now.active, now.labelled & active, now.taught)
+        result.append(now)
+    return result
+
+
+def sample(mask: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the places where mask (bool [N]) is True, at random, the same for the same seed: int64."""
+    index = mask.nonzero()[:, 0]
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count].to(mask.device)]
 
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:

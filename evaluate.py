@@ -15,7 +15,8 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -142,23 +143,40 @@ def cluster_scores(h: Tensor, y: Tensor, seed: int = 0, sample: int = 2000) -> d
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A matplotlib figure that needs no screen, and its axes."""
+@contextmanager
+def figure(path: str | Path, width: float, height: float, rows: int = 1, columns: int = 1, **options) -> Iterator[tuple]:
+    """A matplotlib figure that needs no screen, and its axes, to be drawn on and then written to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with plt.rc_context(plain | {"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9}):
+        fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+        try:
+            yield fig, axes
+            fig.savefig(path, dpi=150)
+        finally:
+            plt.close(fig)
 
 
-def save(fig, path: str | Path) -> None:
-    """Write a figure and forget it."""
-    import matplotlib.pyplot as plt
+BESIDE = dict(loc="center left", bbox_to_anchor=(1.01, 0.5))  # where a legend is in nobody's way
 
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+
+def style(i: int) -> dict:
+    """Colour and marker of the i-th line."""
+    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+
+
+def column(rows: list[dict], key: str) -> np.ndarray:
+    """A column of log.csv as numbers, NaN where there is none."""
+    return np.array([row[key] for row in rows], dtype=float)
+
+
+def whole_numbers(ax) -> None:
+    """Only whole numbers along the x axis: epochs have no fractions."""
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def shade_stages(ax, x: Sequence[float], names: Sequence[str], named: bool) -> None:
@@ -177,36 +195,40 @@ def shade_stages(ax, x: Sequence[float], names: Sequence[str], named: bool) -> N
 
 def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
     """The run over its epochs: accuracy by class, losses, labels and pseudo-labels. rows: those of log.csv."""
-    x, stages = [row["epoch"] for row in rows], [row["stage"] for row in rows]
-    fig, axes = figure(9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3))
-    for c, name in enumerate(classes if len(classes) <= len(COLOURS) else []):
-        y = [row[f"accuracy_{name}"] if c < row["classes"] and row["accuracy"] is not None else np.nan for row in rows]
-        style = dict(linestyle="-" if c < known else "--", marker=MARKERS[c], markevery=(c % 4, 4), markersize=4)
-        axes[0].plot(x, y, color=COLOURS[c], linewidth=1.1, alpha=0.9, label=name if c < known else f"{name} (late)", **style)
-    axes[0].plot(x, [row["accuracy"] for row in rows], color="black", linewidth=2.5, label="all, also\nthose to come")
-    axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
-    axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    terms = [key for key in rows[0] if key.startswith("loss_")]
-    for term, colour, marker in zip(terms, COLOURS, MARKERS, strict=False):
-        y = [row[term] if row[term] is not None else np.nan for row in rows]
-        if not np.isnan(y).all():
-            axes[1].plot(x, y, color=colour, label=term.removeprefix("loss_"), marker=marker, markersize=3)
-    axes[1].set(ylabel="loss, unweighted", yscale="log")
-    axes[2].plot(x, [row["labelled"] for row in rows], color="black", linewidth=2, label="images with a known label")
-    for key, label, colour, marker in (
-        ("pseudo_accuracy", "pseudo-labels right", COLOURS[0], "o"),
-        ("pseudo_coverage", "pseudo-labels with confidence > 0.8", COLOURS[1], "s"),
-    ):
-        y = [row[key] if row[key] is not None else np.nan for row in rows]
-        if not np.isnan(y).all():
-            axes[2].plot(x, y, color=colour, marker=marker, markersize=3, label=label)
-    axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
-    for ax in axes[1:]:
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    for ax in axes:
-        shade_stages(ax, x, stages, named=ax is axes[0])
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    save(fig, path)
+    x, met = column(rows, "epoch"), column(rows, "classes")
+    with figure(path, 9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
+        for c, name in enumerate(classes if len(classes) <= len(COLOURS) else []):
+            y = np.where((c < met) & ~np.isnan(column(rows, "accuracy")), column(rows, f"accuracy_{name}"), np.nan)
+            late = dict(label=name) if c < known else dict(label=f"{name} (late)", linestyle="--")
+            axes[0].plot(x, y, linewidth=1.1, alpha=0.9, markevery=(c % 4, 4), markersize=4, **style(c), **late)
+        axes[0].plot(x, column(rows, "accuracy"), color="black", linewidth=2.5, label="all, also\nthose to come")
+        axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
+        for i, term in enumerate(key for key in rows[0] if key.startswith("loss_")):
+            if not np.isnan(y := column(rows, term)).all():
+                axes[1].plot(x, y, label=term.removeprefix("loss_"), markersize=3, **style(i))
+        axes[1].set(ylabel="loss, unweighted", yscale="log")
+        axes[2].plot(x, column(rows, "labelled"), color="black", linewidth=2, label="images with a known label")
+        told = {"pseudo_accuracy": "pseudo-labels right", "pseudo_coverage": "pseudo-labels with confidence > 0.8"}
+        for i, (key, label) in enumerate(told.items()):
+            if not np.isnan(y := column(rows, key)).all():
+                axes[2].plot(x, y, label=label, markersize=3, **style(i))
+        axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
+        for ax in axes:
+            ax.legend(**BESIDE)
+            shade_stages(ax, x, [row["stage"] for row in rows], named=ax is axes[0])
+        whole_numbers(axes[0])
+
+
+def unit_lives(rows: list[dict], events: list[dict], classes: Sequence[str]) -> list[list[tuple[int, int | None, dict | None]]]:
+    """Of each unit: from which epoch on it was whose (a class, None: it had no name, -1: nobody's), and the event that made it so."""
+    first_label = next((row["epoch"] for row in rows if row["labels"]), rows[-1]["epoch"] + 1)
+    lives = [[(first_label, c, None)] for c in range(rows[0]["units"])]
+    nameless = {"opened": None, "released": -1}
+    for event in (event for event in events if event["unit"] is not None):
+        lives += [[] for _ in range(event["unit"] + 1 - len(lives))]
+        owner = nameless[event["event"]] if event["event"] in nameless else classes.index(event["class"])
+        lives[event["unit"]].append((event["epoch"], owner, event))
+    return lives
 
 
 def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
@@ -214,81 +236,66 @@ def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], know
 
     rows: those of log.csv; events: those of events.csv. A hatched bar is a unit that has no name yet.
     """
-    last = rows[-1]["epoch"]
-    first_label = next((row["epoch"] for row in rows if row["labels"]), last + 1)
-    spans = [[(first_label, c, "")] for c in range(rows[0]["units"])]  # of each unit: (from epoch, class or None, what happened)
-    for event in events:
-        if event["unit"] is not None:
-            spans += [[] for _ in range(event["unit"] + 1 - len(spans))]
-            nameless = {"opened": None, "released": -1}
-            owner = nameless[event["event"]] if event["event"] in nameless else classes.index(event["class"])
-            spans[event["unit"]].append((event["epoch"], owner, event))
-    shown = [u for u, life in enumerate(spans) if len(spans) <= 25 or life[-1][2]]  # of a large head those that something happened to
-    fig, axes = figure(9, 3.6 + 0.27 * len(shown), 2, sharex=True, height_ratios=(1.2 + 0.27 * len(shown), 2.6))
-    for line, life in enumerate(spans[unit] for unit in shown):
-        for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
-            if owner == -1 or end <= start:  # nobody's
-                continue
-            look = (
-                dict(facecolor="white", hatch="////", edgecolor="#777777") if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
-            )
-            axes[0].barh(line, end - start, left=start - 0.5, height=0.7, **look)
-            text = classes[owner] if owner is not None else f"{100 * event['purity']:.0f} %\n{event['class']}"
-            place = dict(x=start - 0.2, ha="left", fontsize=8)
-            if owner is None:  # two short lines, for these bars are short
-                place = dict(x=(start + end) / 2 - 0.5, ha="center", fontsize=7, linespacing=0.95)
-            box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.1")
-            axes[0].text(y=line, s=text, va="center", bbox=box, **place)
-    arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
-    for epoch in (epochs := sorted(set(arrival.values()))):
-        axes[0].axvline(epoch - 0.5, color="black", linewidth=0.8, linestyle=":")
-        names = [name for name, when in arrival.items() if when == epoch]
-        text = f"{names[0]}\narrives" if len(names) == 1 else f"{len(names)}\narrive"
-        if len(epochs) <= 10:
-            axes[0].text(epoch - 0.5, len(shown) - 0.3, text, ha="center", va="bottom", fontsize=8)
-    if any(event["event"] == "opened" for event in events):
-        axes[0].barh(0, 0, facecolor="white", hatch="////", edgecolor="#777777", label="opened for what has no name, and what it truly is")
-    axes[0].set(ylabel="unit", ylim=(-0.6, len(shown) - 0.4))
-    axes[0].set_yticks(range(len(shown)), shown)
-    x = [row["epoch"] for row in rows]
-    for c in range(known, min(len(classes), known + 6)):
-        y = [row[f"accuracy_{classes[c]}"] if row["epoch"] >= arrival.get(classes[c], 1) else None for row in rows]
-        style = dict(color=COLOURS[c % len(COLOURS)], marker=MARKERS[c % len(MARKERS)], markevery=(c % 3, 3), markersize=4)
-        axes[1].plot(x, [np.nan if v is None else v for v in y], label=f"accuracy, {classes[c]}", **style)
-    many = [("new_accuracy", f"accuracy, all {len(classes) - known} late classes", dict(color="black"))] if len(classes) > known + 6 else []
-    for key, label, style in (
-        *many,
-        ("open_accuracy", "accuracy, unknown being an answer", dict(color="#777777", linewidth=3)),
-        ("novelty_auroc", "AUROC, nameless against named", dict(color="black", linestyle="--")),
-    ):
-        axes[1].plot(x, [np.nan if row[key] is None else row[key] for row in rows], label=label, **style)
-    axes[1].set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
-    handles, labels = (a + b for a, b in zip(*(ax.get_legend_handles_labels() for ax in axes), strict=True))
-    fig.legend(handles, labels, loc="outside lower center", ncol=2, frameon=False, fontsize=9)
-    axes[1].xaxis.get_major_locator().set_params(integer=True)
-    save(fig, path)
+    x, last, lives = column(rows, "epoch"), rows[-1]["epoch"], unit_lives(rows, events, classes)
+    shown = [u for u, life in enumerate(lives) if len(lives) <= 25 or life[-1][2]]  # of a large head those that something happened to
+    hatched = dict(facecolor="white", hatch="////", edgecolor="#777777")
+    box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.1")
+    tall = 0.27 * len(shown)
+    with figure(path, 9, 3.6 + tall, 2, sharex=True, height_ratios=(1.2 + tall, 2.6)) as (fig, (above, below)):
+        for line, life in enumerate(lives[unit] for unit in shown):
+            for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
+                if owner == -1 or end <= start:  # nobody's
+                    continue
+                bar = hatched if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
+                above.barh(line, end - start, left=start - 0.5, height=0.7, **bar)
+                if owner is None:  # two short lines, for these bars are short
+                    text = f"{100 * event['purity']:.0f} %\n{event['class']}"
+                    place = dict(x=(start + end) / 2 - 0.5, ha="center", fontsize=7, linespacing=0.95)
+                else:
+                    text, place = classes[owner], dict(x=start - 0.2, ha="left", fontsize=8)
+                above.text(y=line, s=text, va="center", bbox=box, **place)
+        arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
+        for epoch in (epochs := sorted(set(arrival.values()))):
+            above.axvline(epoch - 0.5, color="black", linewidth=0.8, linestyle=":")
+            names = [name for name, when in arrival.items() if when == epoch]
+            text = f"{names[0]}\narrives" if len(names) == 1 else f"{len(names)}\narrive"
+            if len(epochs) <= 10:
+                above.text(epoch - 0.5, len(shown) - 0.3, text, ha="center", va="bottom", fontsize=8)
+        if any(event["event"] == "opened" for event in events):
+            above.barh(0, 0, label="opened for what has no name, and what it truly is", **hatched)
+        above.set(ylabel="unit", ylim=(-0.6, len(shown) - 0.4))
+        above.set_yticks(range(len(shown)), shown)
+        for c in range(known, min(len(classes), known + 6)):
+            y = np.where(x >= arrival.get(classes[c], 1), column(rows, f"accuracy_{classes[c]}"), np.nan)
+            below.plot(x, y, markevery=(c % 3, 3), markersize=4, label=f"accuracy, {classes[c]}", **style(c))
+        if len(classes) > known + 6:
+            label = f"accuracy, all {len(classes) - known} late classes"
+            below.plot(x, column(rows, "new_accuracy"), color="black", label=label)
+        below.plot(x, column(rows, "open_accuracy"), color="#777777", linewidth=3, label="accuracy, unknown being an answer")
+        below.plot(x, column(rows, "novelty_auroc"), color="black", linestyle="--", label="AUROC, nameless against named")
+        below.set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
+        handles, labels = (a + b for a, b in zip(*(ax.get_legend_handles_labels() for ax in (above, below)), strict=True))
+        fig.legend(handles, labels, loc="outside lower center", ncol=2)
+        whole_numbers(below)
 
 
 def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
     """Schedules side by side: {name: the Stage of every epoch}. Classes and labels as shares, the mix as weights."""
     columns = min(3, len(schedules))
     lines, total = -(-len(schedules) // columns), max(stage.classes for stages in schedules.values() for stage in stages)
-    fig, axes = figure(max(8, 4.3 * columns), 0.8 + 3.1 * lines, lines, columns, squeeze=False)
-    for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
-        x = np.linspace(0, 1, len(stages))
-        ax.fill_between(x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen")
-        ax.fill_between(x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named")
-        labels = [s.label_fraction for s in stages]
-        ax.plot(x, labels, color="black", linewidth=2, label="labels, of a class")
-        for i, term in enumerate(stages[0].mix):
-            ax.plot(x, [s.mix[term] for s in stages], color=COLOURS[i], marker=MARKERS[i], markevery=0.12, markersize=4, label=term)
-        ax.plot(x, [s.sparsity for s in stages], color="#777777", linestyle=":", label="sparsity")
-        ax.set(title=name, xlabel="progress", xlim=(0, 1), ylim=(-0.03, 1.08))
-    for ax in axes.flat[len(schedules) :]:
-        ax.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False)
-    save(fig, path)
+    with figure(path, max(8, 4.3 * columns), 0.8 + 3.1 * lines, lines, columns, squeeze=False) as (fig, axes):
+        for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
+            x = np.linspace(0, 1, len(stages))
+            ax.fill_between(x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen")
+            ax.fill_between(x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named")
+            ax.plot(x, [s.label_fraction for s in stages], color="black", linewidth=2, label="labels, of a class")
+            for i, term in enumerate(stages[0].mix):
+                ax.plot(x, [s.mix[term] for s in stages], markevery=0.12, markersize=4, label=term, **style(i))
+            ax.plot(x, [s.sparsity for s in stages], color="#777777", linestyle=":", label="sparsity")
+            ax.set(title=name, xlabel="progress", xlim=(0, 1), ylim=(-0.03, 1.08))
+        for ax in axes.flat[len(schedules) :]:
+            ax.set_axis_off()
+        fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
 
 
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -332,16 +339,15 @@ def draw_embedding(
     """A random sample of the embeddings in two dimensions, one colour and marker a class; late classes have an outline."""
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(y))[:sample])
     points, y = project(h[chosen.to(h.device)], method), y.cpu()[chosen].numpy()
-    fig, ax = figure(8, 6.2)
-    scatter(ax, points, y, classes, len(classes) if known is None else known, 20)
-    if len(classes) <= 20:
-        for c in np.unique(y):
-            box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
-            centre = np.median(points[y == c], 0)
-            ax.text(*centre, classes[c], ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})")
-    save(fig, path)
+    with figure(path, 8, 6.2) as (_, ax):
+        scatter(ax, points, y, classes, len(classes) if known is None else known, 20)
+        if len(classes) <= 20:
+            for c in np.unique(y):
+                box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
+                centre = np.median(points[y == c], 0)
+                ax.text(*centre, classes[c], ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
+            ax.legend(**BESIDE)
+        ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})")
 
 
 def draw_story(looks: list[dict], classes: Sequence[str], known: int, path: str | Path, method: str = "tsne") -> None:
@@ -350,16 +356,14 @@ def draw_story(looks: list[dict], classes: Sequence[str], known: int, path: str 
     looks: {"name": of the stage, "epoch": epochs done, "classes": those met so far, "h" [N,D], "y" int64 [N]} each.
     """
     y = looks[-1]["y"].numpy()
-    fig, axes = figure(3.1 * len(looks), 3.9, 1, len(looks), squeeze=False)
-    for ax, look in zip(axes[0], looks, strict=True):
-        scatter(ax, project(look["h"], method, rounds=500), y, classes, known, 12, look["classes"])
-        ax.set_title(look["name"] + (f", epoch {look['epoch']}" if look["epoch"] else ""))
-    if len(classes) <= 20:
-        handles, names = axes[0, -1].get_legend_handles_labels()
-        look = dict(ncol=min(len(classes), 10), handletextpad=0.1, columnspacing=1.6, markerscale=1.8)
-        fig.legend(handles, names, loc="outside lower center", frameon=False, **look)
-    fig.suptitle(f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]}); grey: classes not met yet", fontsize=11)
-    save(fig, path)
+    with figure(path, 3.1 * len(looks), 3.9, 1, len(looks), squeeze=False) as (fig, axes):
+        for ax, then in zip(axes[0], looks, strict=True):
+            scatter(ax, project(then["h"], method, rounds=500), y, classes, known, 12, then["classes"])
+            ax.set_title(then["name"] + (f", epoch {then['epoch']}" if then["epoch"] else ""))
+        if len(classes) <= 20:
+            below = dict(loc="outside lower center", ncol=min(len(classes), 10), handletextpad=0.1, columnspacing=1.6, markerscale=1.8)
+            fig.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=10, **below)
+        fig.suptitle(f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]}); grey: classes not met yet", fontsize=11)
 
 
 def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: str | Path) -> None:
@@ -368,70 +372,54 @@ def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: s
     table = torch.zeros(n, n).index_put_((y.cpu(), predicted.cpu()), torch.ones(len(y)), accumulate=True).numpy()
     share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
     size = max(5.5, 0.55 * n) if n <= 20 else 8
-    fig, ax = figure(size + 1, size)
-    image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
-    fig.colorbar(image, ax=ax, shrink=0.8, label="% of the true class")
-    if n <= 20:
-        for (i, j), value in np.ndenumerate(share):
-            if value >= 0.5:
-                ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=9)
-        ax.set_xticks(range(n), classes, rotation=45, ha="right")
-        ax.set_yticks(range(n), classes)
-    right = 100 * np.trace(table) / max(table.sum(), 1)
-    ax.set(xlabel="predicted", ylabel="true", title=f"Test images: {right:.1f} % right")
-    save(fig, path)
+    with figure(path, size + 1, size) as (fig, ax):
+        image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
+        fig.colorbar(image, ax=ax, shrink=0.8, label="% of the true class")
+        if n <= 20:
+            for (i, j), value in np.ndenumerate(share):
+                if value >= 0.5:
+                    ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=9)
+            ax.set_xticks(range(n), classes, rotation=45, ha="right")
+            ax.set_yticks(range(n), classes)
+        right = 100 * np.trace(table) / max(table.sum(), 1)
+        ax.set(xlabel="predicted", ylabel="true", title=f"Test images: {right:.1f} % right")
 
 
-PLAIN = ("ari", "nmi", "silhouette", "novelty_auroc")  # figures that are not shown in per cent
+# ---- one run, and several -------------------------------------------------------------------------------------------
+
+FIGURES = {  # of a run's summary: name in a comparison (None: not there), factor, digits, and what it is
+    "accuracy": ("accuracy", 100, 1, "of the head, all classes"),
+    "old_accuracy": ("old", 100, 1, "of the head, the {known} classes known at the start"),
+    "new_accuracy": ("new", 100, 1, "of the head, the late classes"),
+    "first_sight": ("first sight", 100, 1, "late classes at the moment of their first labels, before any gradient step"),
+    "first_sight_5": (None, 100, 1, "what a unit made of five labels would recognise then, heeding the other classes"),
+    "probe": ("probe", 100, 1, "linear probe on the frozen encoder, all labels"),
+    "probe_leaked": ("probe leaked", 100, 1, "linear probe, the label budget only"),
+    "knn": ("kNN", 100, 1, "20 nearest neighbours, all labels"),
+    "forgetting": ("forgetting", 100, 1, "best accuracy so far minus accuracy now, mean over the old classes"),
+    "ari": ("ARI", 1, 3, "adjusted Rand index of k-means clusters and classes, test images"),
+    "nmi": ("NMI", 1, 3, "normalised mutual information of the same"),
+    "silhouette": ("silhouette", 1, 3, "silhouette of the clusters"),
+    "novelty_auroc": ("novelty", 1, 3, "how well classes without a name are told from named ones, before any label"),
+    "sparsity": ("sparsity", 100, 1, "of the encoder's weights are zero"),
+    "labels_used": (None, 1, 0, "of {images:,}"),
+    "label_epochs": ("label-epochs", 1, 0, "labels at hand, summed over the epochs"),
+    "images_per_second": ("images/s", 1, 0, "each in two views"),
+    "seconds": ("minutes", 1 / 60, 1, ""),
+}
+COLUMNS = {key: (name, factor, digits) for key, (name, factor, digits, _) in FIGURES.items() if name}
 
 
 def describe(summary: dict, images: int, known: int) -> str:
     """The figures of one run as aligned text, each with what it is."""
     lines = []
-    for key, text in (
-        ("accuracy", "of the head, all classes"),
-        ("old_accuracy", f"of the head, the {known} classes known at the start"),
-        ("new_accuracy", "of the head, the late classes"),
-        ("first_sight", "late classes at the moment of their first labels, before any gradient step"),
-        ("first_sight_5", "what a unit made of five labels would recognise then, heeding the other classes"),
-        ("novelty_auroc", "how well classes without a name are told from named ones, before any label"),
-        ("probe", "linear probe on the frozen encoder, all labels"),
-        ("probe_leaked", "linear probe, the label budget only"),
-        ("knn", "20 nearest neighbours, all labels"),
-        ("ari", "adjusted Rand index of k-means clusters and classes, test images"),
-        ("nmi", "normalised mutual information of the same"),
-        ("silhouette", "silhouette of the clusters"),
-        ("forgetting", "best accuracy so far minus accuracy now, mean over the old classes"),
-        ("sparsity", "of the encoder's weights are zero"),
-    ):
-        value = summary[key]
-        shown = "-" if value is None else f"{value:.3f}" if key in PLAIN else f"{100 * value:.1f} %"
-        lines.append(f"{key:14s}{shown:>8s}   {text}")
-    lines.append(f"{'labels_used':14s}{summary['labels_used']:8,d}   of {images:,}")
-    lines.append(f"{'seconds':14s}{summary['seconds']:8,.0f}   {summary['images_per_second']:,.0f} images/s, each in two views")
+    for key, (_, factor, digits, text) in FIGURES.items():
+        factor, digits = (1, 0) if key == "seconds" else (factor, digits)  # as it is called in summary.json
+        shown = "-" if summary[key] is None else f"{factor * summary[key]:,.{digits}f}" + " %" * (factor == 100)
+        lines.append(f"{key:18s}{shown:>8s}   {text.format(known=known, images=images)}".rstrip())
     return "\n".join(lines)
 
 
-# ---- comparison of runs ---------------------------------------------------------------------------------------------
-
-COLUMNS = {  # of a run's summary: heading, factor and digits in the table
-    "accuracy": ("accuracy", 100, 1),
-    "old_accuracy": ("old", 100, 1),
-    "new_accuracy": ("new", 100, 1),
-    "first_sight": ("first sight", 100, 1),
-    "probe": ("probe", 100, 1),
-    "probe_leaked": ("probe leaked", 100, 1),
-    "knn": ("kNN", 100, 1),
-    "forgetting": ("forgetting", 100, 1),
-    "ari": ("ARI", 1, 3),
-    "nmi": ("NMI", 1, 3),
-    "silhouette": ("silhouette", 1, 3),
-    "novelty_auroc": ("novelty", 1, 3),
-    "sparsity": ("sparsity", 100, 1),
-    "label_epochs": ("label-epochs", 1, 0),
-    "images_per_second": ("images/s", 1, 0),
-    "seconds": ("minutes", 1 / 60, 1),
-}
 NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "machine")
 
 
@@ -503,12 +491,12 @@ def comparison_table(result: dict[str, dict]) -> str:
     """The comparison as aligned text, mean ± std, in two blocks: accuracies, and then clusters, sparsity and what it took."""
     width, lines = max(len(name) for name in result) + 2, []
     for block in (list(COLUMNS)[:8], list(COLUMNS)[8:]):
-        lines.append("".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{COLUMNS[column][0]:>14}" for column in block)]))
+        lines.append("".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{COLUMNS[key][0]:>14}" for key in block)]))
         for name, row in result.items():
             cells = []
-            for column in block:
-                _, factor, digits = COLUMNS[column]
-                mean, std = spread(factor * row[column])
+            for key in block:
+                _, factor, digits = COLUMNS[key]
+                mean, std = spread(factor * row[key])
                 text = "-" if np.isnan(mean) else f"{mean:.{digits}f}"
                 cells.append(f"{text if np.isnan(std) else f'{text} ± {std:.{digits}f}':>14}")
             lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
@@ -522,26 +510,22 @@ def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
         ("test accuracy, %", dict(accuracy="head", probe_leaked="probe, same labels", probe="probe, all labels", knn="kNN, all labels")),
         ("clusters of the test embeddings", dict(ari="ARI", nmi="NMI")),
     )
-    fig, axes = figure(11, 1.6 + 0.62 * len(result), 1, 2, sharey=True, width_ratios=(3, 2))
-    for ax, (title, columns) in zip(axes, panels, strict=True):
-        height = 0.8 / len(columns)
-        for i, (column, label) in enumerate(columns.items()):
-            _, factor, digits = COLUMNS[column]
-            stats = [spread(factor * row[column]) for row in result.values()]
-            y = np.arange(len(result)) + (i - (len(columns) - 1) / 2) * height
-            mean = [m for m, _ in stats]
-            ax.barh(y, np.nan_to_num(mean), height * 0.92, xerr=np.nan_to_num([s for _, s in stats]), color=COLOURS[i], label=label)
-            for value, (m, s) in zip(y, stats, strict=True):
-                if not np.isnan(m):
-                    ax.text(m + np.nan_to_num(s) + 0.01 * factor, value, f"{m:.{min(digits, 2)}f}", va="center", fontsize=8)
-        ax.set(title=title, xlim=(0, 1.08 * factor))
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4, frameon=False, fontsize=9)
-    axes[0].set_yticks(
-        range(len(result)),
-        [f"{name}\n{row['labels_used']:,} labels, {row['runs']} run{'s' * (row['runs'] > 1)}" for name, row in result.items()],
-    )
-    axes[0].invert_yaxis()
-    save(fig, path)
+    with figure(path, 11, 1.6 + 0.62 * len(result), 1, 2, sharey=True, width_ratios=(3, 2)) as (_, axes):
+        for ax, (title, columns) in zip(axes, panels, strict=True):
+            height = 0.8 / len(columns)
+            for i, (key, label) in enumerate(columns.items()):
+                _, factor, digits = COLUMNS[key]
+                mean, std = np.array([spread(factor * row[key]) for row in result.values()]).T
+                y = np.arange(len(result)) + (i - (len(columns) - 1) / 2) * height
+                ax.barh(y, np.nan_to_num(mean), height * 0.92, xerr=np.nan_to_num(std), color=COLOURS[i], label=label)
+                for place, m, s in zip(y, mean, np.nan_to_num(std), strict=True):
+                    if not np.isnan(m):
+                        ax.text(m + s + 0.01 * factor, place, f"{m:.{min(digits, 2)}f}", va="center", fontsize=8)
+            ax.set(title=title, xlim=(0, 1.08 * factor))
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4)
+        names = [f"{name}\n{row['labels_used']:,} labels, {row['runs']} run{'s' * (row['runs'] > 1)}" for name, row in result.items()]
+        axes[0].set_yticks(range(len(result)), names)
+        axes[0].invert_yaxis()
 
 
 def draw_progress(result: dict[str, dict], path: str | Path) -> bool:
@@ -555,16 +539,14 @@ def draw_progress(result: dict[str, dict], path: str | Path) -> bool:
                 lines.setdefault(name, []).append(list(zip(*points, strict=True)))
     if not lines:
         return False
-    fig, ax = figure(9.5, 4.6)
-    for i, (name, runs) in enumerate(lines.items()):
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3)
-        for j, (x, y) in enumerate(runs):
-            ax.plot(x, y, markevery=max(1, len(x) // 10), label=None if j else name, **style)
-    ax.set(xlabel="epoch", ylabel="test accuracy of the head, all classes, %")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.25)
-    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    save(fig, path)
+    with figure(path, 9.5, 4.6) as (_, ax):
+        for i, (name, runs) in enumerate(lines.items()):
+            for j, (x, y) in enumerate(runs):
+                ax.plot(x, y, markevery=max(1, len(x) // 10), markersize=4, linewidth=1.3, label=None if j else name, **style(i))
+        ax.set(xlabel="epoch", ylabel="test accuracy of the head, all classes, %")
+        whole_numbers(ax)
+        ax.grid(alpha=0.25)
+        ax.legend(**BESIDE)
     return True
 
 
@@ -587,19 +569,17 @@ def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
     ticks = sorted({x for points in lines.values() for x in points})
     if len(ticks) < 2:
         return False
-    fig, ax = figure(6.5, 4.2)
-    for i, (line, points) in enumerate(lines.items()):
-        x, mean, std = np.array([(x, *points[x]) for x in sorted(points)]).reshape(-1, 3).T
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], capsize=3)
-        ax.errorbar(x, mean, np.nan_to_num(std), label=line, **style)
-        one = np.isnan(std)
-        ax.plot(x[one], mean[one], style["marker"], color=style["color"], markerfacecolor="white", zorder=3)
-    ax.set(xscale="log", xlabel="labelled images, % of each class (hollow: one run)", ylabel="test accuracy, %")
-    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    ax.minorticks_off()
-    ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
-    save(fig, path)
+    with figure(path, 6.5, 4.2) as (_, ax):
+        for i, (line, points) in enumerate(lines.items()):
+            x, mean, std = np.array([(x, *points[x]) for x in sorted(points)]).reshape(-1, 3).T
+            ax.errorbar(x, mean, np.nan_to_num(std), label=line, capsize=3, **style(i))
+            one = np.isnan(std)
+            ax.plot(x[one], mean[one], linestyle="", markerfacecolor="white", zorder=3, **style(i))
+        ax.set(xscale="log", xlabel="labelled images, % of each class (hollow: one run)", ylabel="test accuracy, %")
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.25)
+        ax.legend()
     return True
 
 

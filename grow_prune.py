@@ -9,6 +9,7 @@
     grow_head(head, optimizer)                          # one more unit; the old ones do not notice
     masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
     dead = prune_filters(encoder, 0.3)                  # or whole filters
+    masks = prune(encoder, 0.8, 0.3, masks)             # or both, and what was pruned before
     apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
 
 Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Zhu & Gupta 2017, "To Prune,
@@ -148,6 +149,10 @@ class Units:
         taught = taught.tolist()
         return torch.tensor([c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner], device=self.utility.device)
 
+    def unnamed(self) -> list[int]:
+        """The units of concepts that have no name yet."""
+        return [unit for unit, c in enumerate(self.owner) if c == UNNAMED]
+
     def observe(self, p: Tensor) -> None:
         """Update the utilities with probabilities p [B,U] of a batch."""
         self.utility.lerp_(p.detach().mean(0), 0.01)
@@ -156,7 +161,7 @@ class Units:
         """A unit that may be used again: nobody's, else a mature unnamed one that is hardly ever chosen. Never one with a class."""
         if FREE in self.owner:
             return self.owner.index(FREE)
-        idle = [u for u, c in enumerate(self.owner) if c == UNNAMED and self.age[u] >= self.mature]
+        idle = [u for u in self.unnamed() if self.age[u] >= self.mature]
         least = min(idle, key=lambda u: float(self.utility[u]), default=None)
         return least if least is not None and self.utility[least] < 0.1 / len(self.owner) else None
 
@@ -370,6 +375,14 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
         masks[f"{conv}.weight"] = kept.view(-1, 1, 1, 1).expand_as(model.get_submodule(conv).weight)
         masks[f"{norm}.weight"] = masks[f"{norm}.bias"] = kept
     apply_masks(model, masks)
+    return masks
+
+
+def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no wider than `before`."""
+    masks = dict(before)
+    for new in (prune_filters(model, filters) if filters else {}, prune_smallest(model, sparsity)):
+        masks |= {name: mask & masks[name] if name in masks else mask for name, mask in new.items()}
     return masks
 
 

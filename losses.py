@@ -148,6 +148,15 @@ def clusterings(
 # ---- local aggregation ----------------------------------------------------------------------------------------------
 
 
+def searched(n: int) -> tuple[int, int]:
+    """How a step looks for neighbours in a bank of n rows: how many it takes, and that it looks at every so many-th row.
+
+    Of 12,000 rows at most, in turn, so that the cost of a step does not grow with the data; twice the share that the paper takes.
+    """
+    every = math.ceil(n / 12_000)
+    return max(16, round(0.0064 * n / every)), every
+
+
 def neighbours(z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int, every: int = 1, turn: int = 0) -> tuple[Tensor, Tensor]:
     """The k rows of the bank most similar to each z, without the image itself: B_i of local aggregation.
 
@@ -268,6 +277,11 @@ def propagate_labels(
 
 
 # ---- supervision ----------------------------------------------------------------------------------------------------
+
+
+def one_hot(units: Tensor, count: int) -> Tensor:
+    """Targets [B,count] for units [B]; a row of zeros where there is none (-1)."""
+    return F.one_hot(units.clamp(min=0), count) * (units >= 0)[:, None]
 
 
 def supervised(logits: Tensor, onehot: Tensor, active: Tensor | None = None, reduction: str = "mean") -> Tensor:

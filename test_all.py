@@ -1,6 +1,7 @@
 """The facts that the code must satisfy: `python -m pytest test_all.py`. Formulas are checked against naive loops in float64
 or against torchvision and scikit-learn; the command line is checked by running it."""
 
+import argparse
 import copy
 import json
 import math
@@ -460,7 +461,7 @@ def test_of_a_large_bank_every_row_is_looked_at_in_its_turn():
             assert near[i].tolist() == sorted(there, key=lambda j: -float(z[i] @ bank.rows[j]))[:k]
         torch.testing.assert_close(similarity, (bank.rows[near] * z[:, None]).sum(2))
     assert (losses.neighbours(z, index, bank, active, 18, 4)[0] == -1).any()  # fewer active ones than asked for
-    assert train.searched(10_000) == (1, 64) and train.searched(50_000) == (5, 64) and train.searched(100) == (1, 16)
+    assert losses.searched(10_000) == (64, 1) and losses.searched(50_000) == (64, 5) and losses.searched(100) == (16, 1)
 
 
 def naive_propagation(rows, y, labelled, k, density_k, tau, balance):
@@ -725,7 +726,7 @@ def test_growth_recycling_and_pruning_in_any_order_keep_their_invariants(todo, s
                 assert torch.equal(now[: len(rows)], momentum) and not now[len(rows) :].any()
         else:
             sparsity, filters = (max(sparsity, action[1]), filters) if action[0] == "prune" else (sparsity, max(filters, action[1]))
-            before, masks = masks, train.prune(encoder, sparsity, filters, masks)
+            before, masks = masks, grow_prune.prune(encoder, sparsity, filters, masks)
             assert set(masks) <= {"0.weight", "1.weight", "1.bias", "2.weight"}
             for name, mask in before.items():
                 assert not (masks[name] & ~mask).any()  # what is pruned stays so
@@ -854,8 +855,8 @@ def test_first_sight_of_a_class_of_its_own():
     assert np.mean([seen["random_5"] for seen in tries]) < 0.5 and head.out_features == 3  # a lucky one may do well
 
 
-def nameless_state():
-    """A trainer's state, data and pools: classes 0 to 3 have labels for a tenth, class 4 has none, and h is what the network sees."""
+def nameless_run():
+    """A run and its pool: classes 0 to 3 have labels for a tenth, class 4 has none, and h is what the network sees."""
     h, y, labelled = crowd(5, 150, 0, 4)
     dataset = data.Dataset(
         torch.zeros(750, 3, 32, 32, dtype=torch.uint8), y, h, y, list("abcde"), (0.5,) * 3, (0.2,) * 3, True, True, (0.2, 1)
@@ -867,50 +868,51 @@ def nameless_state():
         grow_prune.imprint(network.head, c, h[y == c])
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     monitor, units = grow_prune.ConfusionMonitor(750, patience=1, cooldown=0), grow_prune.Units(range(4))
-    state = train.State(network, copy.deepcopy(network), optimizer, losses.MemoryBank(750, 128), units, monitor)
-    now = train.Pool(torch.ones(750, dtype=torch.bool), labelled, torch.arange(5) < 4)
-    return state, dataset, now, h
+    args, bank = train.parser().parse_args([]), losses.MemoryBank(750, 128)
+    run = train.Run(args, dataset, torch.arange(750), False, network, copy.deepcopy(network), optimizer, bank, units, monitor)
+    everything, taught = torch.ones(750, dtype=torch.bool), torch.arange(5) < 4
+    return run, data.Pool(everything, labelled, taught, ~everything, labelled, taught), h
 
 
 def test_settle_gives_the_running_mean_the_statistics_of_the_images():
-    state = nameless_state()[0]
+    run = nameless_run()[0]
     x = torch.randint(256, (64, 3, 32, 32), generator=seeded(), dtype=torch.uint8)
-    first, before = state.average.encoder[1], copy.deepcopy(dict(state.average.named_parameters()))
-    train.settle(state, x)
-    seen = state.average.encoder[0]((x / 255 - state.average.mean) / state.average.std)
+    first, before = run.average.encoder[1], copy.deepcopy(dict(run.average.named_parameters()))
+    train.settle(run, x)
+    seen = run.average.encoder[0]((x / 255 - run.average.mean) / run.average.std)
     torch.testing.assert_close(first.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(first.running_var, seen.var((0, 2, 3)), atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(state.embed(x).mean(0), torch.zeros(128), atol=1e-2, rtol=0)
-    assert all(torch.equal(p, before[name]) for name, p in state.average.named_parameters()) and first.momentum == 0.1
+    torch.testing.assert_close(run.embed(x).mean(0), torch.zeros(128), atol=1e-2, rtol=0)
+    assert all(torch.equal(p, before[name]) for name, p in run.average.named_parameters()) and first.momentum == 0.1
 
 
 def test_a_unit_is_opened_for_the_nameless_released_when_others_claim_them_and_used_again():
-    state, dataset, now, h = nameless_state()
-    args = train.parser().parse_args(["--new-unit", "random"])
-    seeds = train.discover(state, dataset, now, now, h, args)
+    run, now, h = nameless_run()
+    run.args.new_unit, y = "random", run.dataset.train_y
+    seeds = train.discover(run, now, h)
     founders = seeds == 4
-    assert state.units.owner == [0, 1, 2, 3, grow_prune.UNNAMED] and founders.sum() > 40 and (dataset.train_y[founders] == 4).all()
+    assert run.units.owner == [0, 1, 2, 3, grow_prune.UNNAMED] and founders.sum() > 40 and (y[founders] == 4).all()
     unknown = seeds == train.UNKNOWN
-    assert unknown.any() and not (unknown & now.labelled).any() and (dataset.train_y[unknown] == 4).float().mean() > 0.5
-    again = train.discover(state, dataset, now, now, h, args)
-    assert (again[founders] == 4).all() and state.events[0]["purity"] == 1  # a random unit keeps its founders
-    claimed = train.Pool(now.active, now.labelled | (founders & (torch.arange(750) % 2 == 0)), now.taught)
-    train.discover(state, dataset, claimed, claimed, h, args)
-    assert state.units.owner[4] == grow_prune.FREE and state.events[-1]["event"] == "released"
-    unit, how = train.open_unit(state, dataset, grow_prune.UNNAMED, founders.nonzero()[:1, 0], now.labelled, args)
-    assert (unit, how) == (4, "recycled") and not (state.monitor.concept == 4).any()
-    train.forget_unnamed(state)
-    assert state.units.owner[4] == grow_prune.FREE
+    assert unknown.any() and not (unknown & now.labelled).any() and (y[unknown] == 4).float().mean() > 0.5
+    again = train.discover(run, now, h)
+    assert (again[founders] == 4).all() and run.events[0]["purity"] == 1  # a random unit keeps its founders
+    labelled = now.labelled | (founders & (torch.arange(750) % 2 == 0))
+    train.discover(run, replace(now, labelled=labelled, labelled_before=labelled), h)
+    assert run.units.owner[4] == grow_prune.FREE and run.events[-1]["event"] == "released"
+    unit, how = train.open_unit(run, now, grow_prune.UNNAMED, founders.nonzero()[:1, 0])
+    assert (unit, how) == (4, "recycled") and not (run.monitor.concept == 4).any()
+    train.forget_unnamed(run)
+    assert run.units.owner[4] == grow_prune.FREE
 
 
 def test_votes_are_aligned_among_the_named_and_leave_the_nameless_theirs():
-    state, dataset, now, h = nameless_state()
-    y = dataset.train_y
+    run, now, h = nameless_run()
+    y = run.dataset.train_y
     seeds = torch.where(now.labelled, y, -1)
     seeds[(y == 4) & (torch.arange(750) % 5 == 0)] = train.UNKNOWN
     broad = h.clone()
     broad[now.labelled & (y == 0)] = F.normalize(broad[now.labelled & (y == 0)] + 0.7 * F.normalize(h[y == 1].mean(0), dim=0), dim=1)
-    plain, aligned = (train.vote(state, torch.zeros(750, 1), broad, seeds, due)[0] for due in (None, torch.tensor([1.0, 1, 1, 1, 0])))
+    plain, aligned = (train.vote(torch.zeros(750, 1), broad, seeds, 4, due)[0] for due in (None, torch.tensor([1.0, 1, 1, 1, 0])))
     for pseudo in (plain, aligned):
         assert (pseudo[y == 4] == -1).float().mean() > 0.9 and (pseudo[y < 4] >= 0).float().mean() > 0.9
     uneven = [(pseudo[pseudo >= 0].bincount() - 150).abs().max() for pseudo in (plain, aligned)]
@@ -919,27 +921,27 @@ def test_votes_are_aligned_among_the_named_and_leave_the_nameless_theirs():
 
 @pytest.mark.parametrize("waiting", [False, True])  # is there a unit for it already, as for a class that is known from the start?
 def test_the_first_labels_name_the_unit_that_was_opened_for_what_they_label(waiting):
-    state, dataset, now, h = nameless_state()
-    args = train.parser().parse_args(["--known-classes", "5"])
+    run, now, h = nameless_run()
+    run.args.known_classes = 5
     if waiting:
-        grow_prune.grow_head(state.network.head, state.optimizer)
-        state.average, state.units = copy.deepcopy(state.network), grow_prune.Units(range(5))
-    parts = {"h": torch.nn.Identity(), "logits": state.average.head}
-    state.embed = lambda x, part="h": parts[part](F.normalize(F.pad(x.flatten(1), (0, 112))))
-    dataset = replace(dataset, train_x=dataset.test_x, test_x=dataset.test_x[:1])
-    unit, _ = state.units.take(state.network.head, None, grow_prune.UNNAMED)
-    grow_prune.grow_head(state.average.head, None)
-    grow_prune.imprint(state.average.head, unit, h[dataset.train_y == 4])
-    fifth, place, learner = dataset.train_y == 4, torch.arange(750), copy.deepcopy(state.network.head)
+        grow_prune.grow_head(run.network.head, run.optimizer)
+        run.average, run.units = copy.deepcopy(run.network), grow_prune.Units(range(5))
+    parts = {"h": torch.nn.Identity(), "logits": run.average.head}
+    run.embed = lambda x, part="h": parts[part](F.normalize(F.pad(x.flatten(1), (0, 112))))
+    run.dataset = replace(run.dataset, train_x=run.dataset.test_x, test_x=run.dataset.test_x[:1])
+    unit, _ = run.units.take(run.network.head, None, grow_prune.UNNAMED)
+    grow_prune.grow_head(run.average.head, None)
+    grow_prune.imprint(run.average.head, unit, h[run.dataset.train_y == 4])
+    fifth, place, learner = run.dataset.train_y == 4, torch.arange(750), copy.deepcopy(run.network.head)
     labelled, own = fifth & (place % 20 == 0), fifth & (place % 20 == 1)
     seeds = torch.where(own, unit, -1)
-    train.name_classes(state, dataset, train.Pool(now.active, now.labelled | labelled, torch.ones(5) > 0), now, seeds, place, args)
-    assert state.units.owner == [0, 1, 2, 3, *([grow_prune.FREE] if waiting else []), 4]
-    assert state.events[-1]["event"] == "named" and state.events[-1]["purity"] > 0.9
-    assert [event["unit"] for event in state.events if event["event"] == "released"] == [4] * waiting
+    train.name_classes(run, replace(now, labelled=now.labelled | labelled, taught=torch.ones(5) > 0), seeds)
+    assert run.units.owner == [0, 1, 2, 3, *([grow_prune.FREE] if waiting else []), 4]
+    assert run.events[-1]["event"] == "named" and run.events[-1]["purity"] > 0.9
+    assert [event["unit"] for event in run.events if event["event"] == "released"] == [4] * waiting
     towards = F.normalize(h[labelled | own].mean(0), dim=0)  # what it stood for and what has its name; the learner is left alone
-    assert F.cosine_similarity(state.average.head.weight[unit], towards, dim=0) > 0.9999
-    assert all(torch.equal(new, old) for new, old in zip(state.network.head.parameters(), learner.parameters(), strict=True))
+    assert F.cosine_similarity(run.average.head.weight[unit], towards, dim=0) > 0.9999
+    assert all(torch.equal(new, old) for new, old in zip(run.network.head.parameters(), learner.parameters(), strict=True))
 
 
 def test_replay_keeps_exemplars_of_the_classes_seen_earlier():
@@ -947,7 +949,7 @@ def test_replay_keeps_exemplars_of_the_classes_seen_earlier():
     leak = data.leak_order(y, 0)
     stages = [curriculum.Stage("", classes, named, 0.5, {}, 0.5, 0.0) for classes, named in ((3, 3), (4, 3), (4, 4), (6, 4))]
     counts = ([20] * 3, [4] * 3 + [20], [4] * 3 + [20], [4] * 4 + [20, 20])  # two classes that come together are whole
-    all_of_it, strict = train.pools(stages, y, leak, 6, 3, None), train.pools(stages, y, leak, 6, 3, 4)
+    all_of_it, strict = data.pools(stages, y, leak, 6, 3, None), data.pools(stages, y, leak, 6, 3, 4)
     for stage, whole, pool, count in zip(stages, all_of_it, strict, counts, strict=True):
         assert y[whole.active].bincount(minlength=6).tolist() == [20] * stage.classes + [0] * (6 - stage.classes)
         assert y[pool.active].bincount(minlength=6).tolist() == count + [0] * (6 - stage.classes)
@@ -1275,7 +1277,7 @@ BAD_VALUES = {
     "--label-budget -0.1": "--label-budget must be in 0..1",
     "--label-budget nan": "--label-budget must be in 0..1",
     "--label-budget inf": "--label-budget must be in 0..1",
-    "--label-budget ten": "--label-budget",
+    "--label-budget ten": "--label-budget must be in 0..1, not ten",
     "--label-budget 0": "without labels",
     "--label-budget 0.0001": "no label; one of each class is 0.0",
     "--per-class 4 --batch-size 8": "gives class '0' with its 4 images no label; one of each class is 0.25",
@@ -1297,7 +1299,7 @@ BAD_VALUES = {
     "--epochs 0": "--epochs must be in 1..",
     "--epochs -3": "--epochs must be in 1..",
     "--epochs 2.5": "--epochs",
-    "--epochs two": "--epochs",
+    "--epochs two": "--epochs must be in 1..2147483647, a whole number, not two",
     "--epochs 99999999999": "--epochs must be in 1..",
     "--epochs": "--epochs: expected one argument",
     "--batch-size 1": "--batch-size must be in 2..",
@@ -1436,6 +1438,20 @@ def test_a_run_stopped_before_it_began_may_begin_again(capsys, tmp_path, monkeyp
     assert "stopped; the run had not begun" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_of_two_runs_that_begin_in_one_folder_the_second_is_refused(tmp_path):
+    args, device = train.parser().parse_args(["--out", str(tmp_path / "run")]), torch.device("cpu")
+    train.run_folder(args, device)  # both have found it empty before they read their data
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="is not empty; choose another folder"):
+        train.run_folder(args, device)
+    assert contents(tmp_path) == before
+
+
+def edit_args(**changes):
+    """A function that changes the args.json of a run."""
+    return lambda d: (d / "args.json").write_text(json.dumps(json.loads((d / "args.json").read_text()) | changes))
+
+
 def edit_checkpoint(**changes):
     def edit(folder):
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -1465,6 +1481,7 @@ BAD_RESUMES = {
     "torn args.json": (lambda d: (d / "args.json").write_text('{"lr": 0.'), "", "holds no run"),
     "list in args.json": (lambda d: (d / "args.json").write_text("[]"), "", "holds no run"),
     "nothing in args.json": (lambda d: (d / "args.json").write_text("{}"), "", "holds no run"),
+    "a bad value in args.json": (edit_args(lr=-1.0), "", "--lr must be in 1e-06..1000, not -1.0"),
     "lr": (lambda d: None, "--lr 0.5", "was made with --lr 0.06, not 0.5"),
     "epochs": (lambda d: None, "--epochs 16", "was made with --epochs 8, not 16"),
     "dataset": (lambda d: None, "--dataset mnist", "was made with --dataset digits, not mnist"),
@@ -1527,7 +1544,7 @@ def test_the_picture_of_a_collapsed_network_is_a_point():
 
 def test_the_life_of_a_large_head_shows_the_units_that_something_happened_to(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, path, dpi: drawn.append(fig.axes[0]))
     classes = [f"kind{c}" for c in range(31)]
     row = {"epoch": 1, "units": 30, "labels": 9, "new_accuracy": None, "open_accuracy": 0.5, "novelty_auroc": None}
     rows = [row | {"epoch": e, "accuracy_kind30": 0.1 * e} for e in (1, 2, 3)]
@@ -1550,7 +1567,7 @@ def test_groups_are_named_after_what_tells_them_apart(runs, tmp_path):
 
 def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, path, dpi: drawn.append(fig.axes[0]))
     shutil.copytree(runs / "gradual", tmp_path / "less")
     args = json.loads((tmp_path / "less/args.json").read_text())
     (tmp_path / "less/args.json").write_text(json.dumps(args | {"label_budget": args["label_budget"] / 2}))
@@ -1569,7 +1586,7 @@ def test_accuracy_against_labels_is_drawn_where_budgets_differ(runs, tmp_path, m
 
 def test_comparisons_are_drawn_in_per_cent_and_tell_mean_and_spread(runs, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, path, dpi: drawn.append(fig.axes))
     shutil.copytree(runs / "gradual", tmp_path / "again")
     summary = json.loads((runs / "gradual/summary.json").read_text())
     (tmp_path / "again/summary.json").write_text(json.dumps(summary | {"accuracy": summary["accuracy"] + 0.1}))
@@ -1586,7 +1603,7 @@ def test_comparisons_are_drawn_in_per_cent_and_tell_mean_and_spread(runs, tmp_pa
 
 def test_progress_is_drawn_of_every_run_that_trains_a_head(runs, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "save", lambda fig, path: drawn.append(fig.axes[0]))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda fig, path, dpi: drawn.append(fig.axes[0]))
     shutil.copytree(runs / "gradual", tmp_path / "again")
     result = evaluate.compare([runs / "gradual", tmp_path / "again", runs / "self"])
     assert evaluate.draw_progress(result, tmp_path / "none.png") and len(drawn[0].lines) == 2
@@ -1643,14 +1660,14 @@ def test_a_training_step_never_waits_for_the_device(device, monkeypatch):
         network, average = (model.build("vgg-small", classes) for _ in range(2))
         optimizer = torch.optim.SGD(train.parameter_groups(network), lr=0.01, momentum=0.9, nesterov=True)
         bank, units = losses.MemoryBank(n, 128, device=device), grow_prune.Units(range(classes), device=device)
-        state = train.State(network, average, optimizer, bank, units, grow_prune.ConfusionMonitor(n, device=device))
-        state.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in network.encoder.named_parameters() if w.ndim > 1}
+        args, monitor = argparse.Namespace(batch_size=32), grow_prune.ConfusionMonitor(n, device=device)
+        run = train.Run(args, dataset, y, device == "cpu", network, average, optimizer, bank, units, monitor)
+        run.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in network.encoder.named_parameters() if w.ndim > 1}
         every, named = torch.ones(n, dtype=torch.bool), torch.ones(classes, dtype=torch.bool)
         clusters = torch.zeros(3, n, dtype=torch.long)
-        lesson = train.Lesson(dict.fromkeys(train.TERMS, 1.0), every, named, y, y, torch.ones(n), clusters, 1, 64, 0.99)
-        state.bf16 = device == "cpu"
+        lesson = train.Lesson(dict.fromkeys(train.TERMS, 1.0), every, named, y, y, torch.ones(n), clusters)
         with StaysOn(device):
-            terms = train.learn(state, dataset, lesson, 0, torch.arange(32), None)
+            terms = train.learn(run, lesson, 0, torch.arange(32), None)
         assert terms.keys() == set(train.TERMS)
         with pytest.raises(DataDependentOutputException):  # what a step may not do
             terms["ntxent"].item()

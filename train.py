@@ -21,9 +21,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -52,8 +52,8 @@ DEFAULTS = {
 }
 UNKNOWN = -3  # where an image speaks for a unit: it looks like nothing that has a name
 WATCHED = 3000  # of all images, those that are asked every epoch whether names around claim them; 60 a class if that is more
+OPEN = ("open_accuracy", "unknown_found", "novelty_auroc")  # figures of a world in which not all has a name
 EVENT = ("epoch", "event", "unit", "class", "count", "similarity", "purity")  # the columns of events.csv
-NOTHING = curriculum.Stage("", 0, 0, 0.0, {}, 0.0, 0.0)  # before the first epoch
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 NEED_BUDGET = ("gradual", "semi", "labels-only")  # the curricula that learn from the label budget
 VERSION = 6  # of the checkpoint; raise it when its contents change
@@ -63,9 +63,13 @@ VERSION = 6  # of the checkpoint; raise it when its contents change
 
 
 @dataclass
-class State:
-    """All that a run changes, and so all that a checkpoint holds."""
+class Run:
+    """What a run is given (to begin with), and all that it changes: see `pack` for what a checkpoint holds of it."""
 
+    args: argparse.Namespace
+    dataset: data.Dataset
+    leak: Tensor  # int64 [N], from `data.leak_order`
+    bf16: bool  # whether the device computes in bfloat16
     network: model.Network
     average: model.Network  # running mean of the network over about an epoch: it answers, is measured and is kept
     optimizer: torch.optim.Optimizer
@@ -77,25 +81,29 @@ class State:
     events: list[dict] = field(default_factory=list)  # of events.csv
     first_sight: list[dict] = field(default_factory=list)  # how each late class was recognised when its first labels came
     looks: list[dict] = field(default_factory=list)  # how some test images lay before the first epoch and after each stage
-    bf16: bool = False  # whether the device computes in bfloat16
 
     PARTS = ("masks", "rows", "events", "first_sight", "looks")
 
-    def pack(self, args: argparse.Namespace, classes: list[str], taught: Tensor) -> dict:
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.leak) / self.args.batch_size)
+
+    def pack(self, taught: Tensor) -> dict:
         """Plain values and tensors. taught: bool [C], the classes that have had a label; the units of others have no name yet."""
         state = {name: getattr(self, name) for name in self.PARTS}
         state |= {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         return state | {
             "version": VERSION,
-            "args": vars(args),
-            "names": [classes[c] if c >= 0 and taught[c] else None for c in self.units.owner],
+            "args": vars(self.args),
+            "names": [self.dataset.classes[c] if c >= 0 and taught[c] else None for c in self.units.owner],
             "bank": self.bank.rows,
             "units": vars(self.units),
             "monitor": vars(self.monitor),
         }
 
     def unpack(self, checkpoint: dict) -> None:
-        """The reverse, on to this state's device."""
+        """The reverse, on to this run's device."""
         device = self.bank.rows.device
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -111,18 +119,20 @@ class State:
         """What the running mean makes of images x [N,3,H,W]: see `evaluate.embed`."""
         return evaluate.embed(self.average, x, part, bf16=self.bf16)
 
-    def tell(self, event: str, name: str | None = None, **evidence) -> None:
-        """Note an event of the head's life in this epoch, for the class `name`."""
+    def embed_all(self) -> Tensor:
+        """The unit embeddings [N,D] that the running mean has of the training images."""
+        h = self.embed(self.dataset.train_x)
+        return F.normalize(h, dim=1, out=h)
+
+    def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+        """The unit [N] and the class [N] that the head prefers for embeddings h [N,D]: among all in use, and among those with a name."""
+        owner = self.units.owners()
+        logits = self.average.head(h).detach().masked_fill(~self.units.in_use(taught), float("-inf"))
+        return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
+
+    def note(self, event: str, name: str | None = None, **evidence) -> None:
+        """An event of the head's life in this epoch, for the class `name`."""
         self.events.append(dict.fromkeys(EVENT) | {"epoch": len(self.rows) + 1, "event": event, "class": name} | evidence)
-
-
-@dataclass
-class Pool:
-    """What is there to learn from in an epoch: bool masks over the images [N] and the classes [C]."""
-
-    active: Tensor
-    labelled: Tensor
-    taught: Tensor  # the classes that have a label
 
 
 @dataclass
@@ -136,37 +146,6 @@ class Lesson:
     pseudo: Tensor  # int64 [N], the unit that the others vote for, or -1
     confidence: Tensor  # [N], of these votes
     clusters: Tensor | None  # int64 [H,N]
-    every: int  # so many-th row of the bank is looked at in a step
-    background: int  # and so many of them are neighbours
-    decay: float  # of the running mean
-
-
-def pools(stages: list[curriculum.Stage], y: Tensor, leak: Tensor, classes: int, known: int, replay: int | None) -> list[Pool]:
-    """The images of each stage. replay: of classes that came before the latest late ones, only so many exemplars remain."""
-    result, there, latest = [], 0, 0
-    for stage in stages:
-        if stage.classes > there:
-            latest, there = there, stage.classes  # the classes from `latest` on came last
-        active = y < there
-        if replay is not None and there > known:
-            active &= (y >= latest) | (leak < replay)
-        labelled = data.label_mask(leak, y, stage.label_fraction, range(stage.named)) & active
-        result.append(Pool(active, labelled, y[labelled].bincount(minlength=classes) > 0))
-    return result
-
-
-def searched(n: int) -> tuple[int, int]:
-    """How a step looks for neighbours in a bank of n rows: at every so many-th row, and how many of these it takes.
-
-    Of 12,000 rows at most, in turn, so that the cost of a step does not grow with the data; twice the share that the paper takes.
-    """
-    every = math.ceil(n / 12_000)
-    return every, max(16, round(0.0064 * n / every))
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over 5 % of the run, constant to 60 % so that late classes meet a plastic network, then a cosine to zero."""
-    return peak * min(1.0, progress / 0.05, 0.5 * (1 + math.cos(math.pi * curriculum.ramp(progress, 0.6, 1.0))))
 
 
 def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list[dict]:
@@ -174,11 +153,6 @@ def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list
     decaying = {name for name in grow_prune.prunable(network) if not name.startswith("head.")}
     groups = [[p for name, p in network.named_parameters() if (name in decaying) == d] for d in (True, False)]
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
-
-
-def one_hot(units: Tensor, count: int) -> Tensor:
-    """Targets [B,count] for units [B]; a row of zeros where there is none (-1)."""
-    return F.one_hot(units.clamp(min=0), count) * (units >= 0)[:, None]
 
 
 def average_of(values: Iterable[float]) -> float | None:
@@ -192,27 +166,15 @@ def share(right: Tensor, among: Tensor) -> float | None:
     return right[among].float().mean().item() if among.any() else None
 
 
-def said(state: State, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-    """The unit [N] and the class [N] that the head prefers for embeddings h [N,D]: among all in use, and among those with a name."""
-    owner = state.units.owners()
-    logits = state.average.head(h).detach().masked_fill(~state.units.in_use(taught), float("-inf"))
-    return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
-
-
-def see(state: State, images: Tensor) -> Tensor:
-    """The unit embeddings [N,D] that the running mean has of the images."""
-    h = state.embed(images)
-    return F.normalize(h, dim=1, out=h)
-
-
-def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
+def vote(remembered: Tensor, seen: Tensor, seeds: Tensor, nobody: int, due: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the images that speak for a unit say about the others: a unit int64 [N], -1 where nobody knows, and the confidence [N].
 
     By what the bank remembers of them (unit rows [N,D]) and what the running mean sees ([N,D']), equally. Those that look like
-    nothing that has a name (UNKNOWN among the seeds int64 [N]) vote for that, and whom they convince is taught no name.
-    due: [U+1], how many images a unit is due, in proportion, and nobody; 0 where that is not known; None: the votes are not aligned.
+    nothing that has a name (UNKNOWN among the seeds int64 [N]) vote for `nobody`, the number of units, and whom they convince is
+    taught no name. due: [U+1], how many images a unit is due, in proportion, and nobody; 0 where that is not known; None: the
+    votes are not aligned.
     """
-    rows, nobody = torch.cat([remembered, seen], dim=1), len(state.units.owner)
+    rows = torch.cat([remembered, seen], dim=1)
     F.normalize(rows, dim=1, out=rows)
     spoken = torch.where(seeds == UNKNOWN, nobody, seeds)
     pseudo, confidence = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True, expected=due)
@@ -220,21 +182,34 @@ def vote(state: State, remembered: Tensor, seen: Tensor, seeds: Tensor, due: Ten
     return pseudo.masked_fill(unknown, -1), confidence.masked_fill(unknown, 0.0)
 
 
-def some_of(mask: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` of the places where mask (bool [N]) is True, at random, the same for the same seed: int64."""
-    index = mask.nonzero()[:, 0]
-    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count].to(mask.device)]
-
-
-def surroundings(now: Pool, labelled: Tensor, seed: int) -> Tensor:
+def surroundings(run: Run, now: data.Pool, labelled: Tensor) -> Tensor:
     """The images that are asked whether anybody claims them, and that they are compared with: indices int64 [M].
 
     The same random images every epoch, as far as they are there, and, to compare with, all that are `labelled` (bool [N]).
     """
-    watched = some_of(torch.ones_like(labelled), max(WATCHED, 60 * len(now.taught)), seed)
+    watched = data.sample(torch.ones_like(labelled), max(WATCHED, 60 * len(now.taught)), run.args.seed)
     chosen = labelled.clone()
     chosen[watched] = True
     return (chosen & now.active).nonzero()[:, 0]
+
+
+def begin(args: argparse.Namespace, dataset: data.Dataset, units: int) -> Run:
+    """Everything at its start, on the device of the data set, with so many units."""
+    torch.manual_seed(args.seed)
+    n, device = len(dataset.train_y), dataset.train_x.device
+    network = model.build(args.model, units, mean=dataset.mean, std=dataset.std).to(device, memory_format=torch.channels_last)
+    return Run(
+        args,
+        dataset,
+        leak=data.leak_order(dataset.train_y, args.seed),
+        bf16=has_bf16(device),
+        network=network,
+        average=copy.deepcopy(network),
+        optimizer=torch.optim.SGD(parameter_groups(network), lr=args.lr, momentum=0.9, nesterov=True),
+        bank=losses.MemoryBank(n, network.projector[-1].out_features, device=device),
+        units=grow_prune.Units(range(units), device=device),
+        monitor=grow_prune.ConfusionMonitor(n, device=device),
+    )
 
 
 def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device, out: Path, checkpoint: dict | None) -> int:
@@ -245,218 +220,204 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
     tune_machine(args.deterministic)
     dataset = dataset.to(device)
     images, y = dataset.train_x, dataset.train_y
-    n, classes, known = len(y), len(dataset.classes), args.known_classes
-    leak = data.leak_order(y, args.seed)
+    classes, known = len(dataset.classes), args.known_classes
     stages = [curriculum.stage(args.curriculum, e, args.epochs, classes, known, args.label_budget, args.prune) for e in range(args.epochs)]
-
-    torch.manual_seed(args.seed)
     units = len(checkpoint["network"]["head.weight"]) if checkpoint else stages[0].classes
-    network = model.build(args.model, units, mean=dataset.mean, std=dataset.std).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(parameter_groups(network), lr=args.lr, momentum=0.9, nesterov=True)
-    bank = losses.MemoryBank(n, network.projector[-1].out_features, device=device)
-    monitor = grow_prune.ConfusionMonitor(n, device=device)
-    state = State(network, copy.deepcopy(network), optimizer, bank, grow_prune.Units(range(units), device=device), monitor)
-    state.bf16 = has_bf16(device)
+    run = begin(args, dataset, units)
     if checkpoint:
-        state.unpack(checkpoint)
+        run.unpack(checkpoint)
     if args.compile:
-        network.encoder.compile()
-    announce(args, dataset, state, out)
+        run.network.encoder.compile()
+    steps = run.steps
+    classroom = data.pools(stages, y, run.leak, classes, known, args.replay)
+    announce(run, out)
 
-    steps = math.ceil(n / args.batch_size)
-    every, background = searched(n)
-    per_cluster = 42  # images in a cluster, as in the paper
-    classroom = pools([NOTHING, *stages], y, leak, classes, known, args.replay)  # the first is empty, that of epoch e is e + 1
     h = None  # what the running mean sees of the images at the end of an epoch: unit embeddings [N,D]
-    for epoch in range(len(state.rows), args.epochs):
+    for epoch in range(len(run.rows), args.epochs):
         began = time.perf_counter()
-        stage = stages[epoch]
+        stage, now = stages[epoch], classroom[epoch]
         mix = {term: 0.0 if term in args.without else weight for term, weight in stage.mix.items()}
+        if not now.taught.any():
+            mix |= {"propagation": 0.0, "supervised": 0.0}
         # Each epoch has its own seed, so that a resumed run draws what an uninterrupted one would.
         seed = (args.seed << 20) + epoch
         torch.manual_seed(seed)
         draws, generator = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
 
-        before, now = classroom[epoch : epoch + 2]
-        before = replace(before, labelled=before.labelled & now.active)  # replay may have dropped some
-        if not now.taught.any():
-            mix |= {"propagation": 0.0, "supervised": 0.0}
-        welcome(state, dataset, now, before, remembered=bool(mix["aggregation"] or mix["propagation"]))
-        members, seeds = now.active.nonzero()[:, 0], torch.full_like(y, -1)  # seeds: the unit that an image speaks for
+        # Newcomers and names. seeds: the unit that an image speaks for, UNKNOWN if for none that there is, -1 if it is silent.
+        welcome(run, now, remembered=bool(mix["aggregation"] or mix["propagation"]))
+        seeds = torch.full_like(y, -1)
         if mix["propagation"]:
-            h = see(state, images) if h is None else h
+            h = run.embed_all() if h is None else h
             if stage.discovery and "discovery" not in args.without:
-                seeds = discover(state, dataset, now, before, h, args)  # what nobody claims may open a unit
-        if epoch:
-            name_classes(state, dataset, now, before, seeds, leak, args)  # the first labels of a class give it a unit
+                seeds = discover(run, now, h)  # what nobody claims may open a unit
+        if epoch:  # in the first, every class that is there has its unit
+            name_classes(run, now, seeds)  # the first labels of a class give it one
         if not stage.discovery:
-            forget_unnamed(state)  # after the last names were given
-        unit_of = state.units.of_classes(classes)
+            forget_unnamed(run)  # after the last names were given
+        unit_of = run.units.of_classes(classes)
         seeds[now.labelled] = unit_of[y[now.labelled]]
 
-        # Neighbours: this epoch's clusters, and what the images that speak for a unit say about the rest.
-        clusters, pseudo, confidence = None, torch.full_like(y, -1), torch.zeros(n, device=device)
-        if mix["aggregation"]:
-            clusters = losses.clusterings(bank.rows, now.active, max(2, round(len(members) / per_cluster)), generator=generator)
-        if mix["propagation"]:
-            # A class is due images in proportion to its labels (few are a rough measure: one more), if all its images are kept.
-            labels = seeds[now.labelled].bincount(minlength=len(state.units.owner) + 1)
-            due = labels + (labels > 0).float() if args.replay is None else None
-            pseudo[members], confidence[members] = vote(state, bank.rows[members], h[members], seeds[members], due)
-            h = None
-
+        lesson = prepare(run, mix, now, seeds, h, generator)
+        h = None
         if not epoch:
-            snapshot(state, dataset, "before", stage.classes)
-        network.train()
-        in_use, label = state.units.in_use(now.taught), torch.where(now.labelled, seeds, -1)
-        lesson = Lesson(
-            mix, now.active, in_use, label, pseudo, confidence, clusters, every=every, background=background, decay=1 - 1 / steps
-        )
+            snapshot(run, "before", stage.classes)
+        run.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            terms = learn(state, dataset, lesson, step, index, generator)
+            for group in run.optimizer.param_groups:
+                group["lr"] = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
+            terms = learn(run, lesson, step, index, generator)
             for term, loss in terms.items():
                 record[step, TERMS.index(term)] = loss
-        stop_if_not_finite(record, network, epoch, stage.name)
+        stop_if_not_finite(record, run.network, epoch, stage.name)
 
         if stage.sparsity or args.prune_units:
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
-            state.masks = prune(network.encoder, stage.sparsity, filters, state.masks)
-        grow_prune.apply_masks(state.average.encoder, state.masks)
-        settle(state, images[some_of(now.active, 2048, seed)])
-        h = see(state, images) if mix["propagation"] else None
+            run.masks = grow_prune.prune(run.network.encoder, stage.sparsity, filters, run.masks)
+        grow_prune.apply_masks(run.average.encoder, run.masks)
+        settle(run, images[data.sample(now.active, 2048, seed)])
+        h = run.embed_all() if mix["propagation"] else None
         trained = time.perf_counter()
 
-        row = measure(args, dataset, state, stage, now, h, pseudo, confidence)
+        row = measure(run, stage, now, lesson, h)
         row |= {f"loss_{t}": loss if mix[t] else None for t, loss in zip(TERMS, record.mean(0).tolist(), strict=True)}
         row |= {"images_per_second": steps * args.batch_size / (trained - began), "seconds": time.perf_counter() - began}
-        state.rows.append(row)
+        run.rows.append(row)
         if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
-            snapshot(state, dataset, stage.name, stage.classes)
-        write_tables(out, state)  # before the checkpoint: after a kill between the two, the epoch is run and written again
-        write_checkpoint(out / "checkpoint.pt", state.pack(args, dataset.classes, now.taught))
-        happened = [event_line(event) for event in state.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
-        print("\n".join([progress_line(state.rows, args.epochs), *happened]), flush=True)
+            snapshot(run, stage.name, stage.classes)
+        write_tables(out, run.rows, run.events)  # before the checkpoint: after a kill between the two, the epoch is run again
+        write_checkpoint(out / "checkpoint.pt", run.pack(now.taught))
+        happened = [event_line(event) for event in run.events if event["epoch"] == epoch + 1 and event["event"] != "arrived"]
+        print("\n".join([progress_line(run.rows, args.epochs), *happened]), flush=True)
 
     give_memory_back()
-    finish(args, dataset, state, leak, stages, classroom, out)
+    finish(run, stages, classroom, out)
     return 0
 
 
-def learn(state: State, dataset: data.Dataset, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def prepare(run: Run, mix: dict[str, float], now: data.Pool, seeds: Tensor, h: Tensor | None, generator: torch.Generator) -> Lesson:
+    """The Lesson of an epoch: clusters of what the bank remembers, and pseudo-labels, by vote of the images that speak for a unit.
+
+    seeds: int64 [N], the unit that an image speaks for; h [N,D]: from `embed_all`, needed for propagation.
+    """
+    clusters, pseudo, confidence = None, torch.full_like(seeds, -1), torch.zeros(len(seeds), device=seeds.device)
+    members = now.active.nonzero()[:, 0]
+    if mix["aggregation"]:  # 42 images in a cluster, as in the paper
+        clusters = losses.clusterings(run.bank.rows, now.active, max(2, round(len(members) / 42)), generator=generator)
+    if mix["propagation"]:
+        # A class is due images in proportion to its labels (few are a rough measure: one more), if all its images are kept.
+        nobody = len(run.units.owner)
+        labels = seeds[now.labelled].bincount(minlength=nobody + 1)
+        due = labels + (labels > 0).float() if run.args.replay is None else None
+        pseudo[members], confidence[members] = vote(run.bank.rows[members], h[members], seeds[members], nobody, due)
+    return Lesson(mix, now.active, run.units.in_use(now.taught), torch.where(now.labelled, seeds, -1), pseudo, confidence, clusters)
+
+
+def learn(run: Run, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
     """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
-    Nothing in it waits for the device or depends on values, so that a GPU is never idle.
+    Nothing in it waits for the device or depends on values, so that a GPU is never idle. generator: None for the global one.
     """
-    mix, in_use, network = lesson.mix, lesson.in_use, state.network
+    mix, in_use, network, dataset = lesson.mix, lesson.in_use, run.network, run.dataset
     view1, view2 = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
     x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=run.bf16):
         _, z, logits = network(x)
     z1, z2 = z.chunk(2)
     index2 = index.repeat(2)  # (2B)
 
     terms, found = {}, None
     if mix["aggregation"] or mix["propagation"]:
-        found = losses.neighbours(z, index2, state.bank, lesson.active, lesson.background, lesson.every, step)
+        found = losses.neighbours(z, index2, run.bank, lesson.active, *losses.searched(len(lesson.active)), step)
     if mix["ntxent"]:
         pseudo = lesson.pseudo[index]
         kind = torch.where(pseudo >= 0, len(lesson.pseudo) + pseudo, index)  # of the same label, or the same image
         terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
     if mix["aggregation"]:
-        terms["aggregation"] = losses.local_aggregation(z, index2, state.bank, lesson.clusters, found=found)
+        terms["aggregation"] = losses.local_aggregation(z, index2, run.bank, lesson.clusters, found=found)
     if mix["propagation"]:
-        onehot = one_hot(lesson.pseudo[index2], len(in_use))
+        onehot = losses.one_hot(lesson.pseudo[index2], len(in_use))
         terms["propagation"] = losses.propagation(
-            z, logits, index2, state.bank, lesson.pseudo, lesson.confidence, onehot, in_use, found=found
+            z, logits, index2, run.bank, lesson.pseudo, lesson.confidence, onehot, in_use, found=found
         )
     if mix["supervised"]:
-        onehot = one_hot(lesson.label[index2], len(in_use))
+        onehot = losses.one_hot(lesson.label[index2], len(in_use))
         terms["supervised"] = losses.supervised(logits, onehot, in_use)
 
     if terms:
-        state.optimizer.zero_grad()
+        run.optimizer.zero_grad()
         sum(mix[term] * loss for term, loss in terms.items()).backward()
-        state.optimizer.step()
-        grow_prune.apply_masks(network.encoder, state.masks)
-        model.follow(state.average, network, lesson.decay)
-    state.bank.update(index, z1.detach() + z2.detach())
+        run.optimizer.step()
+        grow_prune.apply_masks(network.encoder, run.masks)
+        model.follow(run.average, network, decay=1 - 1 / run.steps)
+    run.bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
-        state.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
+        run.units.observe(logits.detach().masked_fill(~in_use, float("-inf")).softmax(1))
     return {term: loss.detach() for term, loss in terms.items()}
 
 
-def settle(state: State, x: Tensor) -> None:
+def settle(run: Run, x: Tensor) -> None:
     """Take batch norm's statistics of the running mean anew, from images uint8 [N,3,H,W] as they are; a single one has none.
 
     While a network changes quickly, the mean of its statistics is not what the mean of its weights makes (as in SWA, arXiv 1803.05407).
     """
     batches = (part.float().div_(255).contiguous(memory_format=torch.channels_last) for part in x.chunk(math.ceil(len(x) / 512)))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=run.bf16):
         if len(x) > 1:
-            torch.optim.swa_utils.update_bn(batches, state.average)
-
-
-def prune(encoder: torch.nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no wider than `before`."""
-    masks = dict(before)
-    for new in (grow_prune.prune_filters(encoder, filters) if filters else {}, grow_prune.prune_smallest(encoder, sparsity)):
-        masks |= {name: mask & masks[name] if name in masks else mask for name, mask in new.items()}
-    return masks
+            torch.optim.swa_utils.update_bn(batches, run.average)
 
 
 # ---- the life of the head -------------------------------------------------------------------------------------------
 
 
-def welcome(state: State, dataset: data.Dataset, now: Pool, before: Pool, remembered: bool) -> None:
+def welcome(run: Run, now: data.Pool, remembered: bool) -> None:
     """Note which classes arrive; where the memory bank is used, the images that were never seen join it before it is."""
-    new = now.active & ~before.active
-    for c in dataset.train_y[new].unique().tolist() if before.active.any() else []:
-        state.tell("arrived", name=dataset.classes[c], count=int((new & (dataset.train_y == c)).sum()))
-    if remembered and (unseen := now.active & ~state.bank.rows.any(dim=1)).any():
-        state.bank.update(unseen.nonzero()[:, 0], state.embed(dataset.train_x[unseen], "z"))
+    count = run.dataset.train_y[now.arrived].bincount()
+    for c in count.nonzero()[:, 0].tolist() if run.rows else []:
+        run.note("arrived", name=run.dataset.classes[c], count=int(count[c]))
+    if remembered and (unseen := now.active & ~run.bank.rows.any(dim=1)).any():
+        run.bank.update(unseen.nonzero()[:, 0], run.embed(run.dataset.train_x[unseen], "z"))
 
 
-def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Tensor, args: argparse.Namespace) -> Tensor:
+def discover(run: Run, now: data.Pool, h: Tensor) -> Tensor:
     """Concept before name: images that no names around them claim, epoch after epoch, and that resemble each other, get an unnamed unit.
 
     h: unit embeddings [N,D] by the running mean, of the images that are there.
     Returns the unnamed unit that an image speaks for, UNKNOWN where it says that nobody knows it, -1 where it says nothing: int64 [N].
     """
-    units, monitor, y = state.units, state.monitor, dataset.train_y
+    units, monitor, y = run.units, run.monitor, run.dataset.train_y
     seeds = torch.full_like(y, -1)
-    if not before.labelled.any():
+    if not now.labelled_before.any():
         return seeds
-    index = surroundings(now, before.labelled, args.seed)
-    around, named, watched = h[index], before.labelled[index], index[~now.labelled[index]]
+    index = surroundings(run, now, now.labelled_before)
+    around, named, watched = h[index], now.labelled_before[index], index[~now.labelled[index]]
     claims, limit = grow_prune.claim(h[watched], around, named), grow_prune.threshold(around, named)
-    unit = said(state, h[watched], before.taught)[0]
+    unit = run.predict(h[watched], now.taught_before)[0]
     unclaimed = claims < limit
 
     units.age = [age + 1 for age in units.age]
     speaks = torch.full_like(watched, -1)  # the unnamed unit of an image: what it looks like, or what it helped to open
-    for u in (u for u, owner in enumerate(units.owner) if owner == grow_prune.UNNAMED):
+    for u in units.unnamed():
         mine = unclaimed & ((unit == u) | (monitor.concept[watched] == u))
         if mine.sum() < 10:  # fewer than can open one: names around them have come to claim them
             units.owner[u] = grow_prune.FREE
-            state.tell("released", unit=u, count=int(mine.sum()))
+            run.note("released", unit=u, count=int(mine.sum()))
         else:
             speaks[mine] = u
     claims[speaks >= 0] = math.inf  # by the unnamed unit
     group = monitor.look(watched, claims, limit, h[watched], around[named], y[index[named]])
     if group is not None:
-        new, _ = open_unit(state, dataset, grow_prune.UNNAMED, watched[group], before.labelled, args)
+        new, _ = open_unit(run, now, grow_prune.UNNAMED, watched[group])
         speaks[speaks == new] = -1  # if the unit was another concept's
         speaks[group] = monitor.concept[watched[group]] = new
-        kinds = y[watched[group]].bincount(minlength=len(dataset.classes))  # true classes, for the record only
+        kinds = y[watched[group]].bincount(minlength=len(now.taught))  # true classes, for the record only
         alike = h[watched[group]]
-        state.tell(
+        run.note(
             "opened",
             unit=new,
-            name=dataset.classes[int(kinds.argmax())],
+            name=run.dataset.classes[int(kinds.argmax())],
             count=len(group),
             similarity=float((alike @ F.normalize(alike.mean(0), dim=0)).mean()),
             purity=float(kinds.max() / len(group)),
@@ -465,171 +426,170 @@ def discover(state: State, dataset: data.Dataset, now: Pool, before: Pool, h: Te
     return seeds
 
 
-def forget_unnamed(state: State) -> None:
+def forget_unnamed(run: Run) -> None:
     """Where nothing is discovered any more, units that never got a name are nobody's."""
-    for unit in (u for u, owner in enumerate(state.units.owner) if owner == grow_prune.UNNAMED):
-        state.units.owner[unit] = grow_prune.FREE
-        state.tell("released", unit=unit)
+    for unit in run.units.unnamed():
+        run.units.owner[unit] = grow_prune.FREE
+        run.note("released", unit=unit)
 
 
-def open_unit(
-    state: State, dataset: data.Dataset, owner: int, index: Tensor, labelled: Tensor, args: argparse.Namespace
-) -> tuple[int, str]:
-    """A unit for `owner` in the head and in its running mean, imprinted with the images `index`; "grown" or "recycled"."""
-    unit, how = state.units.take(state.network.head, state.optimizer, owner)
-    state.monitor.concept[state.monitor.concept == unit] = -1  # what it stood for before
+def open_unit(run: Run, now: data.Pool, owner: int, index: Tensor) -> tuple[int, str]:
+    """A unit for `owner` in the head and in its running mean, pointed at the images `index` (`imprint`); "grown" or "recycled"."""
+    unit, how = run.units.take(run.network.head, run.optimizer, owner)
+    run.monitor.concept[run.monitor.concept == unit] = -1  # what it stood for before
     if how == "grown":
-        grow_prune.grow_head(state.average.head, None)
-    for name, parameter in state.network.head.named_parameters():
-        state.average.head.get_parameter(name).data[unit] = parameter.data[unit]
-    if args.new_unit == "imprint":
-        imprint(state, dataset, unit, index, labelled, args.seed)
+        grow_prune.grow_head(run.average.head, None)
+    for name, parameter in run.network.head.named_parameters():
+        run.average.head.get_parameter(name).data[unit] = parameter.data[unit]
+    imprint(run, now, unit, index)
     return unit, how
 
 
-def imprint(state: State, dataset: data.Dataset, unit: int, index: Tensor, labelled: Tensor, seed: int) -> None:
-    """Point a unit at the images `index`, in the head and in its running mean. labelled: bool [N], where labels are heeded."""
-    grow_prune.imprint(state.network.head, unit, evaluate.embed(state.network, dataset.train_x[index], bf16=state.bf16))
-    imprint_average(state, dataset, unit, index, labelled, seed)
+def imprint(run: Run, now: data.Pool, unit: int, index: Tensor, learner: bool = True) -> None:
+    """Point a unit at the images `index`, in the running mean and, if `learner`, in the network that it is the mean of.
 
-
-def imprint_average(state: State, dataset: data.Dataset, unit: int, index: Tensor, labelled: Tensor, seed: int) -> None:
-    """The same in the running mean alone, which answers, and which alone heeds the labelled images of other classes.
-
-    The bias that this takes would hold the learner back; in the mean it fades within an epoch or two, as the learner finds out
-    what belongs to the unit.
+    Does nothing with `--new-unit random`. The mean answers, and it alone heeds the labelled images of other classes: the bias that
+    this takes would hold the learner back; in the mean it fades within an epoch or two, as the learner finds out what belongs to
+    the unit.
     """
-    y = dataset.train_y
-    others = some_of(labelled & (y != state.units.owner[unit]), 1000, seed)
-    h, other_h = (state.embed(dataset.train_x[i]) for i in (index, others))
-    rivals = state.units.in_use(y[labelled].bincount(minlength=len(dataset.classes)) > 0)
-    grow_prune.imprint(state.average.head, unit, h, other_h, rivals=rivals)
+    if run.args.new_unit == "random":
+        return
+    x, y, before = run.dataset.train_x, run.dataset.train_y, now.labelled_before
+    if learner:
+        grow_prune.imprint(run.network.head, unit, evaluate.embed(run.network, x[index], bf16=run.bf16))
+    others = data.sample(before & (y != run.units.owner[unit]), 1000, run.args.seed)
+    rivals = run.units.in_use(now.taught_before)
+    grow_prune.imprint(run.average.head, unit, run.embed(x[index]), run.embed(x[others]), rivals=rivals)
 
 
-def name_classes(
-    state: State, dataset: data.Dataset, now: Pool, before: Pool, seeds: Tensor, leak: Tensor, args: argparse.Namespace
-) -> None:
-    """The first labels of a class name the unnamed unit that most of these images fall into, or else a unit is found for it."""
-    units, y = state.units, dataset.train_y
-    new = (now.taught & ~before.taught).nonzero()[:, 0].tolist()
-    late = [c for c in new if c >= args.known_classes and before.taught.any()]
-    test_h = state.embed(dataset.test_x) if late else None
+def name_classes(run: Run, now: data.Pool, seeds: Tensor) -> None:
+    """The first labels of each class give it a unit, and how well late classes are recognised at that moment is noted."""
+    test_y, before = run.dataset.test_y, now.taught_before
+    new = (now.taught & ~before).nonzero()[:, 0].tolist()
+    late = [c for c in new if c >= run.args.known_classes and before.any()]
+    test_h = run.embed(run.dataset.test_x) if late else None
     for c in new:
-        index = (now.labelled & (y == c)).nonzero()[:, 0]
-        event = {"name": dataset.classes[c], "count": len(index)}
-        if c in late:
-            was = said(state, test_h, before.taught)[1]
-            few = few_labels(state, dataset, c, test_h, was, before, leak, args.seed)
-        logits = state.embed(dataset.train_x[index], "logits") - state.average.head.bias.detach()
-        nearest = logits.masked_fill(~units.in_use(before.taught), float("-inf")).argmax(1)  # a modest unit counts in full
-        count = nearest.bincount(minlength=len(units.owner))
-        unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None  # own: of a class known from the start
-        if units.owner[unit] == grow_prune.UNNAMED:
-            if own is not None:
-                units.owner[own] = grow_prune.FREE
-                state.tell("released", unit=own)
-            units.owner[unit], units.age[unit] = c, 0
-            state.tell("named", unit=unit, purity=float(count[unit] / len(index)), **event)
-            if args.new_unit == "imprint":  # what it was opened with and what has a name now, together
-                imprint_average(state, dataset, unit, torch.cat([index, (seeds == unit).nonzero()[:, 0]]), before.labelled, args.seed)
-        elif own is not None:
-            unit = own
-            if args.new_unit == "imprint":
-                imprint(state, dataset, unit, index, before.labelled, args.seed)
-        else:
-            unit, how = open_unit(state, dataset, c, index, before.labelled, args)
-            seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
-            state.tell(how, unit=unit, **event)
-        if c in late:
-            taught = before.taught.clone()
-            taught[c] = True
-            right, test_y = said(state, test_h, taught)[1] == dataset.test_y, dataset.test_y
-            old = before.taught[test_y]
-            sight = {"accuracy": share(right, test_y == c), "lost": share(was == test_y, old) - share(right, old)}
-            state.first_sight.append({"class": dataset.classes[c], "labels": len(index), **sight, **few})
+        index = (now.labelled & (run.dataset.train_y == c)).nonzero()[:, 0]
+        if c not in late:
+            give_unit(run, now, c, index, seeds)
+            continue
+        old, taught = before[test_y], before.clone()
+        taught[c] = True
+        was = run.predict(test_h, before)[1] == test_y
+        few = few_labels(run, now, c, test_h, was)
+        give_unit(run, now, c, index, seeds)
+        right = run.predict(test_h, taught)[1] == test_y
+        sight = {"accuracy": share(right, test_y == c), "lost": share(was, old) - share(right, old)}
+        run.first_sight.append({"class": run.dataset.classes[c], "labels": len(index), **sight, **few})
 
 
-def few_labels(
-    state: State, dataset: data.Dataset, c: int, test_h: Tensor, was: Tensor, before: Pool, leak: Tensor, seed: int
-) -> dict[str, float]:
-    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight); was: what is said now."""
-    y, test_y = dataset.train_y, dataset.test_y
+def give_unit(run: Run, now: data.Pool, c: int, index: Tensor, seeds: Tensor) -> None:
+    """A unit for class c, whose first labelled images are `index`.
+
+    It is the one that more of them fall into than into any other, if that has no name; else the class's own, if it was there from
+    the start; else a redundant or a new one.
+    """
+    units = run.units
+    logits = run.embed(run.dataset.train_x[index], "logits") - run.average.head.bias.detach()
+    nearest = logits.masked_fill(~units.in_use(now.taught_before), float("-inf")).argmax(1)  # a modest unit counts in full
+    count = nearest.bincount(minlength=len(units.owner))
+    unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None  # own: of a class known from the start
+    event = {"name": run.dataset.classes[c], "count": len(index)}
+    if units.owner[unit] == grow_prune.UNNAMED:
+        if own is not None:
+            units.owner[own] = grow_prune.FREE
+            run.note("released", unit=own)
+        units.owner[unit], units.age[unit] = c, 0
+        run.note("named", unit=unit, purity=float(count[unit] / len(index)), **event)
+        founders = (seeds == unit).nonzero()[:, 0]  # what it was opened with and what has a name now, together
+        imprint(run, now, unit, torch.cat([index, founders]), learner=False)
+    elif own is not None:
+        imprint(run, now, own, index)
+    else:
+        unit, how = open_unit(run, now, c, index)
+        seeds[seeds == unit] = UNKNOWN  # what spoke for it when it was another's
+        run.note(how, unit=unit, **event)
+
+
+def few_labels(run: Run, now: data.Pool, c: int, test_h: Tensor, right: Tensor) -> dict[str, float]:
+    """What a unit made of the first few labels of class c would do at this moment (grow_prune.first_sight).
+
+    test_h [T,D]: embeddings of the test images; right: bool [T], which of them are told by now.
+    """
+    x, y, test_y = run.dataset.train_x, run.dataset.train_y, run.dataset.test_y
     first = (y == c).nonzero()[:, 0]
-    first = first[leak[first].argsort()[: max(grow_prune.FEW)]]
-    others = some_of(before.labelled, 1000, seed)
-    first_h, other_h = (state.embed(dataset.train_x[i]) for i in (first, others))
-    named = state.units.in_use(before.taught) & (state.units.owners() >= 0)
-    right, compared = was == test_y, before.taught[test_y] | (test_y == c)
-    return grow_prune.first_sight(state.average.head, named, first_h, other_h, test_h[compared], (test_y == c)[compared], right[compared])
+    first = first[run.leak[first].argsort()[: max(grow_prune.FEW)]]
+    others = data.sample(now.labelled_before, 1000, run.args.seed)
+    named = run.units.in_use(now.taught_before) & (run.units.owners() >= 0)
+    compared = now.taught_before[test_y] | (test_y == c)
+    seen = run.embed(x[first]), run.embed(x[others]), test_h[compared], (test_y == c)[compared], right[compared]
+    return grow_prune.first_sight(run.average.head, named, *seen)
 
 
-def measure(
-    args: argparse.Namespace,
-    dataset: data.Dataset,
-    state: State,
-    stage: curriculum.Stage,
-    now: Pool,
-    h: Tensor | None,
-    pseudo: Tensor,
-    confidence: Tensor,
-) -> dict:
-    """Where the network stands after an epoch: a row of log.csv. h: from `see`, if at hand; pseudo [N]: units; confidence [N].
+def measure(run: Run, stage: curriculum.Stage, now: data.Pool, lesson: Lesson, h: Tensor | None) -> dict:
+    """Where the network stands after an epoch: a row of log.csv. h [N,D]: unit embeddings of the training images, if at hand.
 
     A fixed part of the test images has to do. The last epoch asks all of them, but goes by this part in the accuracy of each class,
     which is compared with that of earlier epochs.
     """
-    y, n, known, classes = dataset.train_y, len(dataset.train_y), args.known_classes, len(dataset.classes)
+    args, dataset, n, classes = run.args, run.dataset, len(lesson.label), run.dataset.classes
     everything = torch.ones_like(dataset.test_y, dtype=torch.bool)
-    fixed = some_of(everything, max(1000, n // 5), seed=0)
-    asked = everything.nonzero()[:, 0] if len(state.rows) == args.epochs - 1 else fixed
-    test_x, test_y, part = dataset.test_x[asked], dataset.test_y[asked], torch.isin(asked, fixed)
-    accuracy = old = new = open_set = unknown = novelty = None
-    by_class = [None] * classes
+    fixed = data.sample(everything, max(1000, n // 5), seed=0)
+    asked = everything.nonzero()[:, 0] if len(run.rows) == args.epochs - 1 else fixed
+    test_y, part = dataset.test_y[asked], torch.isin(asked, fixed)
+    figures, by_class = dict.fromkeys(("accuracy", "old_accuracy", "new_accuracy", *OPEN)), [None] * len(classes)
     if now.taught.any():
-        test_h = state.embed(test_x)
-        unit, guess = said(state, test_h, now.taught)
-        right, met = guess == test_y, now.taught[test_y]
-        accuracy, old, new = right.float().mean().item(), share(right, test_y < known), share(right, test_y >= known)
-        by_class = evaluate.class_accuracy(guess[part], test_y[part], classes)
+        test_h = run.embed(dataset.test_x[asked])
+        unit, guess = run.predict(test_h, now.taught)
+        right, late = guess == test_y, test_y >= args.known_classes
+        figures |= {"accuracy": right.float().mean().item(), "old_accuracy": share(right, ~late), "new_accuracy": share(right, late)}
+        by_class = evaluate.class_accuracy(guess[part], test_y[part], len(classes))
         if args.curriculum == "gradual":
-            index = surroundings(now, now.labelled, args.seed)
-            around = state.embed(dataset.train_x[index]) if h is None else h[index]
-            named = now.labelled[index]
-            claims = grow_prune.claim(test_h, around, named)
-            nobody = (claims < grow_prune.threshold(around, named)) | (state.units.owners()[unit] < 0)
-            open_set, unknown = torch.where(met, right & ~nobody, nobody).float().mean().item(), share(nobody, ~met)
-            here = met | (test_y < stage.classes)
-            novelty = evaluate.novelty_auroc(-claims[here], ~met[here]) if (here & ~met).any() else None
-    hidden = now.active & ~now.labelled & (pseudo >= 0)  # where propagation had to guess
-    right = state.units.owners()[pseudo] == y  # of interest where `hidden`
+            figures |= open_set(run, stage, now, h, test_h, test_y, unit, right)
+    hidden = now.active & ~now.labelled & (lesson.pseudo >= 0)  # where propagation had to guess
+    right, sure = run.units.owners()[lesson.pseudo] == dataset.train_y, lesson.confidence > 0.8  # of interest where `hidden`
     return {
-        "epoch": len(state.rows) + 1,
+        "epoch": len(run.rows) + 1,
         "stage": stage.name,
         "classes": stage.classes,
-        "units": len(state.units.owner),
-        "unnamed": state.units.owner.count(grow_prune.UNNAMED),
+        "units": len(run.units.owner),
+        "unnamed": len(run.units.unnamed()),
         "labels": int(now.labelled.sum()),
         "labelled": int(now.labelled.sum()) / n,
-        "accuracy": accuracy,
-        "old_accuracy": old,
-        "new_accuracy": new,
-        "open_accuracy": open_set,
-        "unknown_found": unknown,
-        "novelty_auroc": novelty,
+        **figures,
         "pseudo_accuracy": share(right, hidden),
-        "pseudo_coverage": share(confidence > 0.8, hidden),
-        "pseudo_confident_accuracy": share(right, hidden & (confidence > 0.8)),
-        "sparsity": grow_prune.sparsity_of(state.average.encoder),
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
-        **{f"accuracy_{name}": value for name, value in zip(dataset.classes, by_class, strict=True)},
+        "pseudo_coverage": share(sure, hidden),
+        "pseudo_confident_accuracy": share(right, hidden & sure),
+        "sparsity": grow_prune.sparsity_of(run.average.encoder),
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        **{f"accuracy_{name}": value for name, value in zip(classes, by_class, strict=True)},
     }
 
 
-def snapshot(state: State, dataset: data.Dataset, name: str, classes: int) -> None:
+def open_set(
+    run: Run, stage: curriculum.Stage, now: data.Pool, h: Tensor | None, test_h: Tensor, test_y: Tensor, unit: Tensor, right: Tensor
+) -> dict:
+    """How well it is told which test images have no name yet.
+
+    h [N,D]: as in `measure`; test_h [T,D], test_y [T]: the test images; unit [T]: what the head prefers for them; right: bool [T],
+    whether that is their class, "unknown" not being an answer.
+    """
+    index = surroundings(run, now, now.labelled)
+    around, named = run.embed(run.dataset.train_x[index]) if h is None else h[index], now.labelled[index]
+    claims = grow_prune.claim(test_h, around, named)
+    nobody = (claims < grow_prune.threshold(around, named)) | (run.units.owners()[unit] < 0)
+    met = now.taught[test_y]
+    here = met | (test_y < stage.classes)
+    accuracy = torch.where(met, right & ~nobody, nobody).float().mean().item()
+    novelty = evaluate.novelty_auroc(-claims[here], ~met[here]) if (here & ~met).any() else None
+    return dict(zip(OPEN, (accuracy, share(nobody, ~met), novelty), strict=True))
+
+
+def snapshot(run: Run, name: str, classes: int) -> None:
     """Keep the embeddings of 300 test images, always the same, for a picture of how they came to lie where they do."""
-    part = some_of(torch.ones_like(dataset.test_y, dtype=torch.bool), 300, seed=1)
-    h, y = F.normalize(state.embed(dataset.test_x[part]), dim=1).half().cpu(), dataset.test_y[part].cpu()
-    state.looks.append({"name": name, "epoch": len(state.rows), "classes": classes, "h": h, "y": y})
+    part = data.sample(torch.ones_like(run.dataset.test_y, dtype=torch.bool), 300, seed=1)
+    h, y = F.normalize(run.embed(run.dataset.test_x[part]), dim=1).half().cpu(), run.dataset.test_y[part].cpu()
+    run.looks.append({"name": name, "epoch": len(run.rows), "classes": classes, "h": h, "y": y})
 
 
 def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage: str) -> None:
@@ -650,9 +610,10 @@ def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int, stage
 # ---- what people see ------------------------------------------------------------------------------------------------
 
 
-def announce(args: argparse.Namespace, dataset: data.Dataset, state: State, out: Path) -> None:
+def announce(run: Run, out: Path) -> None:
     """What is about to happen, and the heading of the lines that follow."""
-    weights, where = sum(p.numel() for p in state.network.parameters()) / 1e6, machine(dataset.train_x.device)
+    args, dataset = run.args, run.dataset
+    weights, where = sum(p.numel() for p in run.network.parameters()) / 1e6, machine(dataset.train_x.device)
     late = dataset.classes[args.known_classes :]
     print(f"{args.curriculum}: {len(dataset.train_y):,} images of {args.dataset}, {len(dataset.classes)} classes, {args.epochs} epochs")
     print(f"old classes: {', '.join(dataset.classes[: args.known_classes][:12])}; new ones: {', '.join(late[:12]) or 'none'}")
@@ -674,10 +635,10 @@ def progress_line(rows: list[dict], epochs: int) -> str:
     recent = [r["seconds"] for r in rows[-5:]]
     left = round((epochs - row["epoch"]) * sum(recent) / len(recent))
     columns = ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
-    accuracy, old, new, open_set, pruned = (percent(row[k]) for k in columns)
+    accuracy, old, new, unknown, pruned = (percent(row[k]) for k in columns)
     return (
         f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}  {terms}  "
-        f"{accuracy:>8s}  {old:>5s}  {new:>5s}  {open_set:>5s}  {pruned:>6s}"
+        f"{accuracy:>8s}  {old:>5s}  {new:>5s}  {unknown:>5s}  {pruned:>6s}"
         f"  {row['images_per_second']:5.0f}  {left // 60:3d}:{left % 60:02d}"
     )
 
@@ -690,21 +651,19 @@ def event_line(event: dict) -> str:
     return f"         {event['event']}: {told}" + (f" ({', '.join(evidence)})" if evidence else "")
 
 
-def finish(
-    args: argparse.Namespace, dataset: data.Dataset, state: State, leak: Tensor, stages: list, classroom: list[Pool], out: Path
-) -> None:
+def finish(run: Run, stages: list[curriculum.Stage], classroom: list[data.Pool], out: Path) -> None:
     """The final figures, measured on the last epoch: printed, drawn, and written to summary.json, which ends the run."""
-    rows, last = state.rows, state.rows[-1]
+    args, dataset, rows, last = run.args, run.dataset, run.rows, run.rows[-1]
     y, test_y, names, known = dataset.train_y, dataset.test_y, dataset.classes, args.known_classes
-    budget = data.label_mask(leak, y, args.label_budget, range(len(names)))
-    train_h, test_h = (state.embed(x) for x in (dataset.train_x, dataset.test_x))
+    budget = data.label_mask(run.leak, y, args.label_budget, range(len(names)))
+    train_h, test_h = (run.embed(x) for x in (dataset.train_x, dataset.test_x))
     old = [[row[f"accuracy_{name}"] for name in names[:known]] for row in rows if row["accuracy"] is not None]
     lost = float(np.nanmean(evaluate.forgetting(old))) if old else math.nan
     clusters = evaluate.cluster_scores(test_h, test_y)
     summary = {
         **{key: last[key] for key in ("accuracy", "old_accuracy", "new_accuracy")},
-        "first_sight": average_of(seen["accuracy"] for seen in state.first_sight),
-        "first_sight_5": average_of(seen["imprint_5"] for seen in state.first_sight),
+        "first_sight": average_of(seen["accuracy"] for seen in run.first_sight),
+        "first_sight_5": average_of(seen["imprint_5"] for seen in run.first_sight),
         "probe": evaluate.linear_probe(train_h, y, test_h, test_y),
         "probe_leaked": evaluate.linear_probe(train_h[budget], y[budget], test_h, test_y) if budget.any() else None,
         "knn": evaluate.knn_accuracy(train_h, y, test_h, test_y),
@@ -712,24 +671,24 @@ def finish(
         **clusters,
         "forgetting": lost if math.isfinite(lost) else None,
         "novelty_auroc": average_of(row["novelty_auroc"] for row in rows if row["novelty_auroc"] is not None),
-        "opened": sum(event["event"] == "opened" for event in state.events),
+        "opened": sum(event["event"] == "opened" for event in run.events),
         "open_accuracy": last["open_accuracy"],
         "sparsity": last["sparsity"],
         "labels_used": int(torch.stack([pool.labelled for pool in classroom]).any(0).sum()),
         "label_epochs": sum(row["labels"] for row in rows),
         "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
         "seconds": sum(row["seconds"] for row in rows),
-        "first_sight_classes": state.first_sight,
+        "first_sight_classes": run.first_sight,
         "classes": names,
     }
     evaluate.draw_curves(rows, names, known, out / "curves.png")
     evaluate.draw_curricula({args.curriculum: stages}, out / "curriculum.png")
     evaluate.draw_embedding(test_h, test_y, names, out / "embedding.png", args.embedding, known)
-    evaluate.draw_story(state.looks, names, known, out / "story.png", args.embedding)
-    if state.events:
-        evaluate.draw_life(rows, state.events, names, known, out / "life.png")
+    evaluate.draw_story(run.looks, names, known, out / "story.png", args.embedding)
+    if run.events:
+        evaluate.draw_life(rows, run.events, names, known, out / "life.png")
     if last["accuracy"] is not None:
-        evaluate.draw_confusion(said(state, test_h, classroom[-1].taught)[1], test_y, names, out / "confusion.png")
+        evaluate.draw_confusion(run.predict(test_h, classroom[-1].taught)[1], test_y, names, out / "confusion.png")
     write_json(out / "summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), known)}\n")
     print(f"{out}/: summary.json log.csv events.csv checkpoint.pt {' '.join(sorted(p.name for p in out.glob('*.png')))}")
@@ -757,9 +716,9 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_tables(out: Path, state: State) -> None:
+def write_tables(out: Path, log: list[dict], events: list[dict]) -> None:
     """log.csv and events.csv; a figure that does not exist is left empty."""
-    for name, rows, columns in (("log.csv", state.rows, state.rows[0].keys()), ("events.csv", state.events, EVENT)):
+    for name, rows, columns in (("log.csv", log, log[0].keys()), ("events.csv", events, EVENT)):
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -830,7 +789,20 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str):
-        raise ValueError(message)
+        raise ValueError(message.replace(": must", " must").removeprefix("argument "))  # "--lr must be in ..."
+
+
+def within(low: float, high: float = 2**31 - 1, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """The type of a flag: a whole number, or one of another kind, in low..high."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        shown = text if text and text.isprintable() else repr(text)
+        raise argparse.ArgumentTypeError(f"must be in {low}..{high}{', a whole number' * (kind is int)}, not {shown}")
+
+    return number
 
 
 def parser() -> Parser:
@@ -838,11 +810,12 @@ def parser() -> Parser:
     parser = Parser(
         description="Gradual supervision of an image encoder.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    part = within(0, 1, float)
     add = parser.add_argument_group("what is taught").add_argument
     add("--curriculum", default="gradual", metavar="NAME", help=f"{', '.join(curriculum.CURRICULA)}; all: one after the other")
-    add("--label-budget", type=float, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
-    add("--known-classes", type=int, metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
-    add("--class-order", type=int, default=0, metavar="SEED", help="seed of the order in which classes appear")
+    add("--label-budget", type=part, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
+    add("--known-classes", type=within(1), metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
+    add("--class-order", type=within(0), default=0, metavar="SEED", help="seed of the order in which classes appear")
     add(
         "--without",
         nargs="+",
@@ -852,7 +825,7 @@ def parser() -> Parser:
         help=f"leave out: {', '.join(TERMS)}, discovery (which needs propagation)",
     )
     add("--new-unit", default="imprint", metavar="HOW", help="how a unit begins: imprint (at the mean of its first images) or random")
-    add("--replay", type=int, metavar="N", help="of classes seen earlier keep only N images each once a new class comes; all if not given")
+    add("--replay", type=within(1), metavar="N", help="of classes seen earlier keep N images each once a new class comes; all if not given")
     add = parser.add_argument_group("data").add_argument
     add(
         "--dataset",
@@ -861,19 +834,19 @@ def parser() -> Parser:
         help="digits, mnist, cifar10, cifar100, folder:PATH; auto: cifar10 on a GPU, else digits",
     )
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are, or are downloaded to")
-    add("--per-class", type=int, metavar="N", help="use only N training images of each class; all if not given")
+    add("--per-class", type=within(1), metavar="N", help="use only N training images of each class; all if not given")
     add("--validate", action="store_true", help="measure on a tenth of the training images, held out, instead of the test images")
     add("--inject", metavar="DATASET:CLASS,...", help="classes of another data set that arrive last, e.g. cifar100:wolf,tank")
     add = parser.add_argument_group("network and optimiser (defaults by data set)").add_argument
     add("--model", metavar="NAME", help=f"{', '.join(model.CONFIGS)}, or a torchvision classification model")
-    add("--epochs", type=int, metavar="N", help="one epoch draws as many images as the training set has")
-    add("--batch-size", type=int, metavar="N", help="images a step; each is seen in two views")
-    add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--prune", type=float, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
-    add("--prune-units", type=float, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
+    add("--epochs", type=within(1), metavar="N", help="one epoch draws as many images as the training set has")
+    add("--batch-size", type=within(2), metavar="N", help="images a step; each is seen in two views")
+    add("--lr", type=within(1e-6, 1000, float), metavar="X", help="peak learning rate")
+    add("--prune", type=part, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
+    add("--prune-units", type=part, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
     add = parser.add_argument_group("the run").add_argument
-    add("--seed", type=int, default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
-    add("--seeds", type=int, default=1, metavar="N", help="N runs, with --seed and --class-order and the next ones, and their comparison")
+    add("--seed", type=within(0), default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
+    add("--seeds", type=within(1), default=1, metavar="N", help="N runs, counting up from --seed and --class-order, and their comparison")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--compile", action="store_true", help="compile the encoder: a slow first step; meant for a GPU")
     add("--deterministic", action="store_true", help="the same numbers every time on a GPU too, where that costs speed")
@@ -898,21 +871,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne")
     if not args.dataset.startswith("folder:"):
         one_of("dataset", args.dataset, ["auto", *data.DATASETS, "folder:PATH"])
-    fractions = (("label_budget", 0, 1), ("prune", 0, 1), ("prune_units", 0, 1), ("lr", 1e-6, 1000))
-    counts = (
-        ("seeds", 1),
-        ("known_classes", 1),
-        ("per_class", 1),
-        ("replay", 1),
-        ("epochs", 1),
-        ("batch_size", 2),
-        ("seed", 0),
-        ("class_order", 0),
-    )
-    for name, low, high in (*fractions, *((name, low, 2**31 - 1) for name, low in counts)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must be in {low}..{high}, not {value}")
     used = {term for term, weight in curriculum.stage(args.curriculum, 1, 2, 10).mix.items() if weight}
     if used <= set(args.without):
         raise ValueError(f"--without leaves '{args.curriculum}' no loss; keep at least one of {', '.join(sorted(used))}")
@@ -974,10 +932,9 @@ def new_folder(stem: str) -> Path:
 
 def run_folder(args: argparse.Namespace, device: torch.device) -> Path:
     """A new run folder, with args.json in it. Raises ValueError if it cannot be written."""
-    if args.out is None:
-        out = new_folder(f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}")
-    else:
-        out = Path(args.out)
+    new = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
+    out = new_folder(new) if args.out is None else Path(args.out)
+    check_out(out)  # again: another run may have begun there while the data were read
     try:
         out.mkdir(parents=True, exist_ok=True)
         args.out = str(out)
@@ -1034,7 +991,8 @@ def resume(args: argparse.Namespace, argv: list[str] | None) -> tuple:
     except (OSError, ValueError, AttributeError):
         raise ValueError(f"--resume: {out} holds no run (args.json is missing, damaged, or of another version)") from None
     again = parser()
-    again.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "resume")})
+    given = {k: v for k, v in saved.items() if k in vars(args) and k not in ("out", "resume")}
+    again.set_defaults(**{k: str(v) if type(v) in (int, float) else v for k, v in given.items()})  # text is checked like a flag's
     args = again.parse_args(argv)
     args.dataset = saved["dataset"] if args.dataset == "auto" else args.dataset
     free = {"out", "resume", "device", "data_dir", "embedding"}  # what may be different
@@ -1086,42 +1044,41 @@ def several(args: argparse.Namespace, argv: list[str]) -> int:
         return 130
 
 
-def way_on(args: argparse.Namespace | None) -> str:
-    """What a run that was stopped tells its reader."""
-    begun = args is not None and args.out is not None and (Path(args.out) / "args.json").exists()
-    return f"go on with: python train.py --resume --out {shlex.quote(args.out)}" if begun else "the run had not begun"
+def fail(problem: object) -> int:
+    """Say what went wrong, in one line; the exit status."""
+    print(f"train.py: error: {problem}", file=sys.stderr)
+    return 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; the exit status."""
     args = None
     try:
-        args = parser().parse_args(argv)
-        if args.resume and args.out is None:
-            raise ValueError("--resume needs --out, the folder of the run to go on with")
-        if args.curriculum == "all" or args.seeds > 1:
-            return several(args, sys.argv[1:] if argv is None else argv)
-        ready = resume(args, argv) if args.resume else start(args)
-    except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped; {way_on(args)}", file=sys.stderr)
-        return 130
-    try:
+        try:
+            args = parser().parse_args(argv)
+            if args.resume and args.out is None:
+                raise ValueError("--resume needs --out, the folder of the run to go on with")
+            if args.curriculum == "all" or args.seeds > 1:
+                return several(args, sys.argv[1:] if argv is None else argv)
+            ready = resume(args, argv) if args.resume else start(args)
+        except (ValueError, OSError) as error:  # nothing has begun
+            return fail(error)
         return train(*ready)
     except FloatingPointError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except OSError as error:
-        print(f"train.py: error: {error.filename or args.out}: {error.strerror or error}; {way_on(args)}", file=sys.stderr)
-        return 2
+        return fail(f"{error.filename or args.out}: {error.strerror or error}; {way_on(args)}")
     except torch.OutOfMemoryError:
-        print(f"train.py: error: the device is out of memory; use a smaller --batch-size or --model; {way_on(args)}", file=sys.stderr)
-        return 2
+        return fail(f"the device is out of memory; use a smaller --batch-size or --model; {way_on(args)}")
     except KeyboardInterrupt:
         print(f"\nstopped; {way_on(args)}", file=sys.stderr)
         return 130
+
+
+def way_on(args: argparse.Namespace | None) -> str:
+    """What a run that was stopped tells its reader."""
+    begun = args is not None and args.out is not None and (Path(args.out) / "args.json").exists()
+    return f"go on with: python train.py --resume --out {shlex.quote(args.out)}" if begun else "the run had not begun"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def operation(name: str, n: int) -> Callable[[], object]:
         return lambda: bank.update(index, z)
     if name == "local aggregation":
         index2, clusters = index.repeat(2), torch.randint(k, (3, n), generator=generator)
-        z, (every, background), active = unit_rows(len(index2)).requires_grad_(), train.searched(n), torch.ones(n, dtype=torch.bool)
+        z, (background, every), active = unit_rows(len(index2)).requires_grad_(), losses.searched(n), torch.ones(n, dtype=torch.bool)
 
         def aggregate():
             found = losses.neighbours(z, index2, bank, active, background, every)

@@ -148,10 +148,9 @@ def gradual(job: Job) -> Iterator[None]:
     everything, units = torch.ones(n, dtype=torch.bool, device=device), grow_prune.Units(range(10), device=device)
     bank, monitor = losses.MemoryBank(n, network.projector[-1].out_features, device=device), grow_prune.ConfusionMonitor(n, device=device)
     bank.rows = F.normalize(torch.randn(bank.rows.shape, device=device), dim=1)
-    state = train.State(network, copy.deepcopy(network), optimizer, bank, units, monitor)
-    state.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
-    state.bf16 = train.has_bf16(device)
-    every, background = train.searched(n)
+    args = argparse.Namespace(batch_size=job.batch_size)
+    run = train.Run(args, dataset, y, train.has_bf16(device), network, copy.deepcopy(network), optimizer, bank, units, monitor)
+    run.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
     lesson = train.Lesson(
         mix=stage.mix,
         active=everything,
@@ -160,17 +159,14 @@ def gradual(job: Job) -> Iterator[None]:
         pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
         confidence=torch.rand(n, device=device),
         clusters=torch.randint(max(2, round(n / 42)), (3, n), device=device),
-        every=every,
-        background=background,
-        decay=0.99,
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     while True:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(0.7, 0.01)
-            terms = train.learn(state, dataset, lesson, step, index, generator)
+                group["lr"] = curriculum.learning_rate(0.7, 0.01)
+            terms = train.learn(run, lesson, step, index, generator)
             for term, loss in terms.items():
                 record[step, train.TERMS.index(term)] = loss
             yield
@@ -430,14 +426,14 @@ def whole_run(name: str, epochs: int, batch_size: int, pipe) -> None:
 
         return call
 
-    for what in ("learn", "measure", "look", "finish"):
-        setattr(train, what, timed(what, getattr(train, what)))
+    for owner, what in ((train, "learn"), (train, "measure"), (train.Run, "embed_all"), (train, "finish")):
+        setattr(owner, what, timed(what, getattr(owner, what)))
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--dataset", "cifar10", "--data-dir", ROOT / "data", "--model", name, "--epochs", epochs, "--batch-size", batch_size]
         spent["start"] = time.perf_counter()
         status = train.main([str(flag) for flag in [*flags, "--out", Path(folder) / "run"]])
         seconds = time.perf_counter() - spent["start"]
-    evaluation = (spent["measure"] + spent["look"]) / (seconds - spent["finish"])
+    evaluation = (spent["measure"] + spent["embed_all"]) / (seconds - spent["finish"])
     result = {"status": status, "start_up": spent["start_up"], "from_disk": spent["from_disk"], "seconds": seconds}
     result |= {"evaluation_share_of_an_epoch": evaluation}
     pipe.send(result | {"at_the_end_s": spent["finish"], "peak_mb": resident()[0]})
@@ -568,6 +564,7 @@ def main() -> None:
             pipe, theirs = context.Pipe()
             process = context.Process(target=whole_run, args=(name, args.run, 256, theirs))
             process.start()
+            theirs.close()
             results["runs"][name] = run = pipe.recv() | {"epochs": args.run, "batch_size": 256}
             process.join()
             print(f"\n{name}: {run['epochs']} epochs of all of CIFAR-10, batch {run['batch_size']}: {run['seconds']:.0f} s")
