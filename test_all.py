@@ -1339,6 +1339,12 @@ BAD_VALUES = {
 }
 
 
+def test_the_help_tells_defaults_where_there_are_any():
+    text = " ".join(train.parser().format_help().split())
+    assert "leak, 0..1 (default: 0.1)" in text and "None" not in text and "False" not in text and "[]" not in text
+    assert all(f"{name}: {d['model']}, {d['epochs']} epochs" in text for name, d in train.DEFAULTS.items())
+
+
 @pytest.mark.parametrize("flags, words", BAD_VALUES.items())
 def test_bad_values_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

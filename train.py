@@ -807,11 +807,23 @@ def within(low: float, high: float = 2**31 - 1, kind: Callable[[str], float] = i
 
 def parser() -> Parser:
     """Every flag, with its unit and its default."""
+    sets = "; ".join(f"{name}: {d['model']}, {d['epochs']} epochs, {d['batch_size']}, {d['lr']}" for name, d in DEFAULTS.items())
     parser = Parser(
-        description="Gradual supervision of an image encoder.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Gradual supervision of an image encoder.",
+        epilog=f"--model, --epochs, --batch-size and --lr by data set, where they are not given: {sets}.",
+        allow_abbrev=False,
     )
+
+    def group(title: str) -> Callable:
+        def add(flag: str, help: str, **options):
+            told = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
+            arguments.add_argument(flag, help=help + told, **options)
+
+        arguments = parser.add_argument_group(title)
+        return add
+
     part = within(0, 1, float)
-    add = parser.add_argument_group("what is taught").add_argument
+    add = group("what is taught")
     add("--curriculum", default="gradual", metavar="NAME", help=f"{', '.join(curriculum.CURRICULA)}; all: one after the other")
     add("--label-budget", type=part, default=0.1, metavar="F", help="largest fraction of each class's images whose labels ever leak, 0..1")
     add("--known-classes", type=within(1), metavar="N", help="classes there from the start; 7 of 10, in proportion, if not given")
@@ -826,7 +838,7 @@ def parser() -> Parser:
     )
     add("--new-unit", default="imprint", metavar="HOW", help="how a unit begins: imprint (at the mean of its first images) or random")
     add("--replay", type=within(1), metavar="N", help="of classes seen earlier keep N images each once a new class comes; all if not given")
-    add = parser.add_argument_group("data").add_argument
+    add = group("data")
     add(
         "--dataset",
         default="auto",
@@ -837,14 +849,14 @@ def parser() -> Parser:
     add("--per-class", type=within(1), metavar="N", help="use only N training images of each class; all if not given")
     add("--validate", action="store_true", help="measure on a tenth of the training images, held out, instead of the test images")
     add("--inject", metavar="DATASET:CLASS,...", help="classes of another data set that arrive last, e.g. cifar100:wolf,tank")
-    add = parser.add_argument_group("network and optimiser (defaults by data set)").add_argument
+    add = group("network and optimiser (defaults by data set: below)")
     add("--model", metavar="NAME", help=f"{', '.join(model.CONFIGS)}, or a torchvision classification model")
     add("--epochs", type=within(1), metavar="N", help="one epoch draws as many images as the training set has")
     add("--batch-size", type=within(2), metavar="N", help="images a step; each is seen in two views")
     add("--lr", type=within(1e-6, 1000, float), metavar="X", help="peak learning rate")
     add("--prune", type=part, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
     add("--prune-units", type=part, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
-    add = parser.add_argument_group("the run").add_argument
+    add = group("the run")
     add("--seed", type=within(0), default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
     add("--seeds", type=within(1), default=1, metavar="N", help="N runs, counting up from --seed and --class-order, and their comparison")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
