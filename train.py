@@ -815,11 +815,12 @@ def parser() -> Parser:
     )
 
     def group(title: str) -> Callable:
+        flags = parser.add_argument_group(title)
+
         def add(flag: str, help: str, **options):
             told = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
-            arguments.add_argument(flag, help=help + told, **options)
+            flags.add_argument(flag, help=help + told, **options)
 
-        arguments = parser.add_argument_group(title)
         return add
 
     part = within(0, 1, float)
