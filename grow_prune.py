@@ -100,24 +100,46 @@ def recycle_unit(head: nn.Linear, optimizer: torch.optim.Optimizer | None, unit:
 def imprint(
     head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.03, rivals: Tensor | None = None
 ) -> None:
-    """Point a unit at the mean direction of embeddings h [n,D] of its class, so that it can be predicted at once.
+    """Point a unit at embeddings h [n,D] of its class, so that it can be predicted at once.
 
-    The row becomes normalize(mean(normalize(h))), with the mean length of the other rows. others [m,D]: embeddings of images of
-    other classes; the unit's bias is lowered until it wins no more than the share `tolerance` of them from its rivals (bool [U],
-    the units that answer; None: all), for a mean of few images lies close to everything. The optimizer state is left alone.
+    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows. A mean of few images lies close to
+    everything. With others [m,D], embeddings of images of other classes, the row is therefore turned to where its class differs
+    from them (`discriminant`); the bias lets it speak as loudly to its own images as before, but so much more softly that it wins no
+    more than the share `tolerance` of the others from its rivals (bool [U], the units that answer; None: all). The optimizer state
+    is left alone.
     """
-    direction = F.normalize(F.normalize(h.float(), dim=1).mean(0), dim=0)
     rest = torch.arange(len(head.weight), device=head.weight.device) != unit
-    length = head.weight[rest].norm(dim=1).mean() if rest.any() else 1.0
-    head.weight[unit] = (direction * length).to(head.weight.dtype)
-    if head.bias is None:
-        return
-    head.bias[unit] = 0
     rivals = rest if rivals is None else rest & rivals
-    if others is not None and len(others) and rivals.any():
-        logits = head(others).float()
-        margin = logits[:, unit] - logits[:, rivals].amax(1)
-        head.bias[unit] = -margin.quantile(1 - tolerance, interpolation="higher").clamp(min=0)
+    length, own = head.weight[rest].norm(dim=1).mean() if rest.any() else 1.0, F.normalize(h.float(), dim=1).mean(0)
+
+    def point_at(direction: Tensor) -> None:
+        head.weight[unit] = (F.normalize(direction, dim=0) * length).to(head.weight.dtype)
+
+    point_at(own)
+    if head.bias is not None:
+        head.bias[unit] = 0
+    if others is None or not len(others) or not rivals.any():
+        return
+    best, kind = head(others).float().masked_fill(~rivals, float("-inf")).max(1)
+    loud = head(h)[:, unit].float().mean()
+    point_at(discriminant(own, F.normalize(others.float(), dim=1), kind))
+    if head.bias is not None:
+        margin = (head(others)[:, unit].float() - best).quantile(1 - tolerance, interpolation="higher")
+        head.bias[unit] = torch.minimum(loud - head(h)[:, unit].float().mean(), -margin)
+
+
+def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:
+    """The direction [D] in which the mean embedding `own` [D] of a class differs from the others [m,D], relative to how these vary.
+
+    Fisher's linear discriminant: solve(S, own - mean(others)), S being the covariance of the others around the means of their kinds
+    (int64 [m], >= 0), shrunk towards its mean variance, for they are few.
+    """
+    total = others.new_zeros(int(kind.max()) + 1, others.shape[1]).index_add_(0, kind, others)
+    around = others - (total / kind.bincount().clamp(min=1)[:, None])[kind]
+    covariance = around.T @ around / len(others)
+    variance = covariance.diagonal().mean().clamp(min=1e-6)
+    identity = torch.eye(len(own), device=own.device)
+    return torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * variance * identity, own - others.mean(0))
 
 
 # ---- owners ---------------------------------------------------------------------------------------------------------
