@@ -3,7 +3,7 @@
     claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there names around an image?
     monitor.look(index, claims, limit, h, known_h, known_y)              # none, time and again, and alike: a concept
     unit, how = units.take(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
-    imprint(head, unit, h, others)                      # it points at them, without talking over the old ones
+    imprint(head, unit, h, others)                      # it points at what sets them apart from the others
     units.owner[unit] = 7                               # the first labels give it a name
 
     grow_head(head, optimizer)                          # one more unit; the old ones do not notice
@@ -12,9 +12,10 @@
     masks = prune(encoder, 0.8, 0.3, masks)             # or both, and what was pruned before
     apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
 
-Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Zhu & Gupta 2017, "To Prune,
-or Not to Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710); Dohare et al.
-2024, "Loss of plasticity in deep continual learning" (Nature 632), for the utility of a unit.
+Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Fisher 1936, "The Use of Multiple
+Measurements in Taxonomic Problems" (Annals of Eugenics 7), for what sets a class apart; Zhu & Gupta 2017, "To Prune, or Not to
+Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710); Dohare et al. 2024, "Loss
+of plasticity in deep continual learning" (Nature 632), for the utility of a unit.
 """
 
 import copy

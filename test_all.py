@@ -940,7 +940,7 @@ def test_votes_are_aligned_among_the_named_and_leave_the_nameless_theirs():
     seeds[(y == 4) & (torch.arange(750) % 5 == 0)] = train.UNKNOWN
     broad = h.clone()
     broad[now.labelled & (y == 0)] = F.normalize(broad[now.labelled & (y == 0)] + 0.7 * F.normalize(h[y == 1].mean(0), dim=0), dim=1)
-    plain, aligned = (train.vote(torch.zeros(750, 1), broad, seeds, 4, due)[0] for due in (None, torch.tensor([1.0, 1, 1, 1, 0])))
+    plain, aligned = (train.vote(torch.zeros(750, 1), broad, y, seeds, 4, due)[0] for due in (None, torch.tensor([1.0, 1, 1, 1, 0])))
     for pseudo in (plain, aligned):
         assert (pseudo[y == 4] == -1).float().mean() > 0.9 and (pseudo[y < 4] >= 0).float().mean() > 0.9
     uneven = [(pseudo[pseudo >= 0].bincount() - 150).abs().max() for pseudo in (plain, aligned)]
