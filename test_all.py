@@ -643,6 +643,20 @@ def test_an_imprinted_unit_leaves_the_others_what_is_theirs():
     assert head.bias[3] == 0
 
 
+def test_whitened_rows_lie_as_the_covariance_within_kinds_says():
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    kind = torch.arange(90) % 4
+    rows = (torch.randn(90, 12, generator=seeded()) * torch.linspace(0.2, 3, 12) + kind[:, None]).double()
+    covariance = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(rows.numpy(), kind.numpy()).covariance_
+    centred = (rows - rows.mean(0)).numpy()
+    inner = centred @ np.linalg.solve(covariance, centred.T)
+    cosine = inner / np.sqrt(np.outer(inner.diagonal(), inner.diagonal()))
+    white = losses.whiten(rows, kind)
+    torch.testing.assert_close((white @ white.T).double(), torch.from_numpy(cosine), atol=1e-5, rtol=0)
+    assert losses.whiten(torch.ones(3, 5), torch.zeros(3, dtype=torch.long)).isfinite().all()  # all alike: nothing to go by
+
+
 def test_the_discriminant_is_that_of_scikit_learn():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
