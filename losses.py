@@ -4,7 +4,6 @@
     local_aggregation   neighbours that cluster together agree   Local Aggregation     arXiv 1903.12355
     propagate_labels    labelled neighbours vote                 Local Label Propag.   arXiv 1905.11581
     propagation         and their votes are learned              the same
-    whiten              what they go by                          WCCN                  Interspeech 2006
     supervised          named classes                            cross-entropy over the units active so far
 
     loss = nt_xent(z1, z2) + supervised(logits, onehot)
@@ -214,21 +213,6 @@ def local_aggregation(
 
 
 # ---- label propagation ----------------------------------------------------------------------------------------------
-
-
-def whiten(rows: Tensor, kind: Tensor, shrinkage: float = 0.1) -> Tensor:
-    """Rows in which what varies within a kind counts no more than what tells kinds apart: unit rows [N,D], float32, in other axes.
-
-    rows [N,D]; kind: int64 [N], >= 0, what each is thought to be. Around the means of their kinds the rows vary alike in all
-    directions (as in a linear discriminant; within-class covariance normalisation, Hatch, Kajarekar & Stolcke 2006), but for the
-    share `shrinkage` that their covariance is drawn towards its mean variance.
-    """
-    rows = rows.float()
-    total = rows.new_zeros(int(kind.max()) + 1, rows.shape[1]).index_add_(0, kind, rows)
-    around = rows - (total / kind.bincount().clamp(min=1)[:, None])[kind]
-    variance, axes = torch.linalg.eigh(around.T @ around / len(rows))
-    variance = (1 - shrinkage) * variance + shrinkage * variance.mean()
-    return F.normalize((rows - rows.mean(0)) @ (axes * variance.clamp(min=1e-6).rsqrt()), dim=1)
 
 
 def align(votes: Tensor, expected: Tensor, rounds: int = 10) -> Tensor:

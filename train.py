@@ -166,15 +166,15 @@ def share(right: Tensor, among: Tensor) -> float | None:
     return right[among].float().mean().item() if among.any() else None
 
 
-def vote(remembered: Tensor, seen: Tensor, kind: Tensor, seeds: Tensor, nobody: int, due: Tensor | None) -> tuple[Tensor, Tensor]:
+def vote(remembered: Tensor, seen: Tensor, seeds: Tensor, nobody: int, due: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the images that speak for a unit say about the others: a unit int64 [N], -1 where nobody knows, and the confidence [N].
 
-    By what the running mean sees of them ([N,D']) and, half as much, what the bank remembers (unit rows [N,D]), both whitened within
-    what the head takes them for (kind: int64 [N]). Those that look like nothing that has a name (UNKNOWN among the seeds int64 [N])
-    vote for `nobody`, the number of units, and whom they convince is taught no name. due: [U+1], how many images a unit is due, in
-    proportion, and nobody; 0 where that is not known; None: the votes are not aligned.
+    By what the bank remembers of them (unit rows [N,D]) and what the running mean sees ([N,D']), equally. Those that look like
+    nothing that has a name (UNKNOWN among the seeds int64 [N]) vote for `nobody`, the number of units, and whom they convince is
+    taught no name. due: [U+1], how many images a unit is due, in proportion, and nobody; 0 where that is not known; None: the
+    votes are not aligned.
     """
-    rows = torch.cat([losses.whiten(remembered, kind), 2**0.5 * losses.whiten(seen, kind)], dim=1)
+    rows = torch.cat([remembered, seen], dim=1)
     F.normalize(rows, dim=1, out=rows)
     spoken = torch.where(seeds == UNKNOWN, nobody, seeds)
     pseudo, confidence = losses.propagate_labels(rows, spoken, spoken >= 0, k=50, temperature=0.1, balance=True, expected=due)
@@ -311,8 +311,7 @@ def prepare(run: Run, mix: dict[str, float], now: data.Pool, seeds: Tensor, h: T
         nobody = len(run.units.owner)
         labels = seeds[now.labelled].bincount(minlength=nobody + 1)
         due = labels + (labels > 0).float() if run.args.replay is None else None
-        kind = run.predict(h[members], now.taught)[0]
-        pseudo[members], confidence[members] = vote(run.bank.rows[members], h[members], kind, seeds[members], nobody, due)
+        pseudo[members], confidence[members] = vote(run.bank.rows[members], h[members], seeds[members], nobody, due)
     return Lesson(mix, now.active, run.units.in_use(now.taught), torch.where(now.labelled, seeds, -1), pseudo, confidence, clusters)
 
 
