@@ -106,8 +106,8 @@ def imprint(
     Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows. A mean of few images lies close to
     everything. With others [m,D], embeddings of images of other classes, the row is therefore turned to where its class differs
     from them (`discriminant`); the bias lets it speak as loudly to its own images as before, but so much more softly that it wins no
-    more than the share `tolerance` of the others from its rivals (bool [U], the units that answer; None: all). The optimizer state
-    is left alone.
+    more than the share `tolerance` of the others from its rivals (bool [U], the units that answer; None: all). A head without
+    biases heeds no others. The optimizer state is left alone.
     """
     rest = torch.arange(len(head.weight), device=head.weight.device) != unit
     rivals = rest if rivals is None else rest & rivals
@@ -117,16 +117,16 @@ def imprint(
         head.weight[unit] = (F.normalize(direction, dim=0) * length).to(head.weight.dtype)
 
     point_at(own)
-    if head.bias is not None:
-        head.bias[unit] = 0
+    if head.bias is None:
+        return
+    head.bias[unit] = 0
     if others is None or not len(others) or not rivals.any():
         return
     best, kind = head(others).float().masked_fill(~rivals, float("-inf")).max(1)
     loud = head(h)[:, unit].float().mean()
     point_at(discriminant(own, F.normalize(others.float(), dim=1), kind))
-    if head.bias is not None:
-        margin = (head(others)[:, unit].float() - best).quantile(1 - tolerance, interpolation="higher")
-        head.bias[unit] = torch.minimum(loud - head(h)[:, unit].float().mean(), -margin)
+    margin = (head(others)[:, unit].float() - best).quantile(1 - tolerance, interpolation="higher")
+    head.bias[unit] = torch.minimum(loud - head(h)[:, unit].float().mean(), -margin)
 
 
 def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:

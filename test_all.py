@@ -627,6 +627,9 @@ def test_imprinted_unit_is_the_mean_direction():
     torch.testing.assert_close(F.normalize(head.weight[2], dim=0), mean / mean.norm())
     torch.testing.assert_close(head.weight[2].norm(), others.norm(dim=1).mean())
     assert torch.equal(head.weight[:2], others)
+    silent = nn.Linear(5, 3, bias=False)
+    grow_prune.imprint(silent, 2, h, -h)  # which could not be made to speak more softly
+    torch.testing.assert_close(F.normalize(silent.weight[2], dim=0), mean / mean.norm())
 
 
 def test_an_imprinted_unit_leaves_the_others_what_is_theirs():
