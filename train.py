@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -105,8 +106,11 @@ class Run:
     def unpack(self, checkpoint: dict) -> None:
         """The reverse, on to this run's device."""
         device = self.bank.rows.device
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # not those of the device that the checkpoint comes from
         self.bank.rows = checkpoint["bank"].to(device)
         for name in ("units", "monitor"):
             parts = checkpoint[name].items()
@@ -153,6 +157,22 @@ def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list
     decaying = {name for name in grow_prune.prunable(network) if not name.startswith("head.")}
     groups = [[p for name, p in network.named_parameters() if (name in decaying) == d] for d in (True, False)]
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+
+def optimizer_for(network: model.Network, lr: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; on a GPU its learning rate is a tensor, which a step that is recorded there can read (`Recorded`)."""
+    device = network.mean.device
+    gpu = {"lr": torch.tensor(lr, device=device), "fused": True} if device.type == "cuda" else {"lr": lr}
+    return torch.optim.SGD(parameter_groups(network), momentum=0.9, nesterov=True, **gpu)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of all groups; a tensor keeps its place in memory."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def average_of(values: Iterable[float]) -> float | None:
@@ -205,7 +225,7 @@ def begin(args: argparse.Namespace, dataset: data.Dataset, units: int) -> Run:
         bf16=has_bf16(device),
         network=network,
         average=copy.deepcopy(network),
-        optimizer=torch.optim.SGD(parameter_groups(network), lr=args.lr, momentum=0.9, nesterov=True),
+        optimizer=optimizer_for(network, args.lr),
         bank=losses.MemoryBank(n, network.projector[-1].out_features, device=device),
         units=grow_prune.Units(range(units), device=device),
         monitor=grow_prune.ConfusionMonitor(n, device=device),
@@ -265,11 +285,10 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         run.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
+        turns = lessons(run, lesson, generator)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
-            for group in run.optimizer.param_groups:
-                group["lr"] = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            terms = learn(run, lesson, step, index, generator)
-            for term, loss in terms.items():
+            set_learning_rate(run.optimizer, curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr))
+            for term, loss in turns[step % len(turns)](index).items():
                 record[step, TERMS.index(term)] = loss
         stop_if_not_finite(record, run.network, epoch, stage.name)
 
@@ -315,10 +334,23 @@ def prepare(run: Run, mix: dict[str, float], now: data.Pool, seeds: Tensor, h: T
     return Lesson(mix, now.active, run.units.in_use(now.taught), torch.where(now.labelled, seeds, -1), pseudo, confidence, clusters)
 
 
-def learn(run: Run, lesson: Lesson, step: int, index: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+def lessons(run: Run, lesson: Lesson, generator: torch.Generator) -> list[Callable[[Tensor], dict[str, Tensor]]]:
+    """The steps of an epoch, to be taken in turn, each a function of the images `index` [B]: `learn`, on a GPU `Recorded`."""
+    every = losses.searched(len(lesson.active))[1]
+    steps = [partial(learn, run, lesson, turn, generator=generator) for turn in range(every)]
+    if lesson.active.device.type != "cuda":
+        return steps
+    for p in run.network.parameters():  # a fused SGD wants all that it will ever have, or none
+        run.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+    pool = torch.cuda.graph_pool_handle()  # one memory for all: they never run at the same time
+    return [Recorded(step, generator, pool) for step in steps]
+
+
+def learn(run: Run, lesson: Lesson, turn: int, index: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
     """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
-    Nothing in it waits for the device or depends on values, so that a GPU is never idle. generator: None for the global one.
+    Nothing in it waits for the device or depends on values, so that a GPU is never idle and the step can be recorded. turn: which
+    part of a large bank to look at (`losses.searched`); generator: None for the global one.
     """
     mix, in_use, network, dataset = lesson.mix, lesson.in_use, run.network, run.dataset
     view1, view2 = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
@@ -330,7 +362,7 @@ def learn(run: Run, lesson: Lesson, step: int, index: Tensor, generator: torch.G
 
     terms, found = {}, None
     if mix["aggregation"] or mix["propagation"]:
-        found = losses.neighbours(z, index2, run.bank, lesson.active, *losses.searched(len(lesson.active)), step)
+        found = losses.neighbours(z, index2, run.bank, lesson.active, *losses.searched(len(lesson.active)), turn)
     if mix["ntxent"]:
         pseudo = lesson.pseudo[index]
         kind = torch.where(pseudo >= 0, len(lesson.pseudo) + pseudo, index)  # of the same label, or the same image
@@ -561,7 +593,7 @@ def measure(run: Run, stage: curriculum.Stage, now: data.Pool, lesson: Lesson, h
         "pseudo_coverage": share(sure, hidden),
         "pseudo_confident_accuracy": share(right, hidden & sure),
         "sparsity": grow_prune.sparsity_of(run.average.encoder),
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "learning_rate": float(run.optimizer.param_groups[0]["lr"]),
         **{f"accuracy_{name}": value for name, value in zip(classes, by_class, strict=True)},
     }
 
@@ -753,6 +785,33 @@ def give_memory_back() -> None:
     """Return the pages that malloc keeps, before work of another kind that could not use them."""
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class Recorded:
+    """A function of a tensor on a GPU, recorded as CUDA graph when it is called for the second time, and from then on repeated.
+
+    A small network's step is a thousand short kernels, which Python starts more slowly than the GPU is done with them. A graph starts
+    them all at once. It does what it did, on the same memory: whatever else the function uses must stay where it is, and be changed
+    in place. Every tensor must have the shape of the first, and what is returned is overwritten by the next call. The first call is not
+    recorded; libraries make what they need in it. generator: what it draws random numbers from; pool: memory shared with other graphs.
+    """
+
+    def __init__(self, function: Callable[[Tensor], dict[str, Tensor]], generator: torch.Generator, pool: tuple[int, int]):
+        self.function, self.generator, self.pool = function, generator, pool
+        self.x = self.graph = None
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        if self.x is None:
+            self.x = x.clone()
+            return self.function(x)
+        self.x.copy_(x)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.result = self.function(self.x)  # this records; nothing is computed yet
+        self.graph.replay()
+        return self.result
 
 
 def has_bf16(device: torch.device) -> bool:

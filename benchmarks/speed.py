@@ -100,8 +100,7 @@ def ours(job: Job) -> tuple[model.Network, torch.optim.Optimizer, torch.autocast
     """Network, optimiser and precision as train.py has them."""
     device = torch.device(job.device)
     network = model.build(job.model, 10).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(train.parameter_groups(network), lr=0.01, momentum=0.9, nesterov=True)
-    return network, optimizer, torch.autocast(device.type, torch.bfloat16, enabled=train.has_bf16(device))
+    return network, train.optimizer_for(network, 0.01), torch.autocast(device.type, torch.bfloat16, enabled=train.has_bf16(device))
 
 
 def bare(job: Job) -> Iterator[None]:
@@ -162,12 +161,11 @@ def gradual(job: Job) -> Iterator[None]:
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
+    turns = train.lessons(run, lesson, generator)
     while True:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
-            for group in optimizer.param_groups:
-                group["lr"] = curriculum.learning_rate(0.7, 0.01)
-            terms = train.learn(run, lesson, step, index, generator)
-            for term, loss in terms.items():
+            train.set_learning_rate(optimizer, curriculum.learning_rate(0.7, 0.01))
+            for term, loss in turns[step % len(turns)](index).items():
                 record[step, train.TERMS.index(term)] = loss
             yield
 
