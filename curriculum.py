@@ -18,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # When things happen in the gradual curriculum, in progress 0..1.
-LEAK = (0.10, 0.40)  # labels of the named classes leak in, from none to the budget
-ARRIVAL = (0.20, 0.40)  # images of the late classes join, the first and the last of them
+LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
+ARRIVAL = (0.13, 0.28)  # images of the late classes join, the first and the last of them
 NAMING = 0.10  # this much later, the first labels of a late class: time to notice what has no name yet
+SHARE = (0.5, 0.2)  # of each batch that is drawn from the labelled images: at first, and once their labels have spread
+RARER = (0.40, 0.60)  # when the one gives way to the other
 PRUNE = (0.30, 0.85)  # weights are pruned, along a cubic
 
 
@@ -53,6 +55,11 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.05, 0.5 * (1 + math.cos(math.pi * ramp(progress, 0.6, 1.0))))
 
 
+def labelled_share(progress: float) -> float:
+    """How much of a batch is drawn from the labelled images, 0..1, where they are taught beside all others."""
+    return SHARE[0] + (SHARE[1] - SHARE[0]) * ramp(progress, *RARER)
+
+
 def arrivals(num_classes: int, known: int) -> list[float]:
     """When the images of each class join the pool, in progress; 0 for the known ones."""
     late = num_classes - known
@@ -79,7 +86,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "supervised": float(leak > 0),
     }
     discovery = leak > 0 and name != "maturity"
-    return Stage(name, classes, named, budget * leak, mix, 0.5, cubic_sparsity(progress, sparsity), discovery)
+    return Stage(name, classes, named, budget * leak, mix, labelled_share(progress), cubic_sparsity(progress, sparsity), discovery)
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
@@ -94,9 +101,9 @@ def self_known(progress: float, num_classes: int, known: int, budget: float, spa
 
 
 def semi(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
-    """Everything at once: all classes and the whole budget from the first epoch, in a constant mix."""
+    """Everything at once: all classes and the whole budget from the first epoch, in a constant mix of the losses."""
     mix = {"ntxent": 0.5, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
-    return Stage("semi", num_classes, num_classes, budget, mix, 0.5, cubic_sparsity(progress, sparsity))
+    return Stage("semi", num_classes, num_classes, budget, mix, labelled_share(progress), cubic_sparsity(progress, sparsity))
 
 
 def fully_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:

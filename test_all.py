@@ -1202,7 +1202,7 @@ def test_a_run_that_diverges_is_interrupted_and_fills_the_disk_ends_as_if_nothin
             not_a_number,
             2,
             3,
-            "epoch 4 (new classes): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
+            "epoch 4 (maturity): the loss 'ntxent' was nan in step 2; the checkpoint of epoch 3 is kept",
         ),
         (on, train, "write_checkpoint", ctrl_c, 130, 5, f"go on with: python train.py --resume --out {out}"),
         (on, train, "write_checkpoint", full, 2, 6, f"No space left on device; go on with: python train.py --resume --out {out}"),
@@ -1732,6 +1732,58 @@ def test_growth_does_not_compile_the_encoder_again():
     assert len(graphs) == 1 and network.head.out_features == 10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(tmp_path):
-    assert train.main([*TINY, "--device", "cuda", "--epochs", "4", "--out", str(tmp_path / "run")]) == 0
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_a_gpu
+def test_a_run_on_a_gpu_can_go_on_without_one(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(path, state, write=train.write_checkpoint):
+        write(path, state)
+        if len(state["rows"]) == 6:
+            raise Stop
+
+    flags = [*TINY, "--epochs", "8", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(train, "write_checkpoint", stop)
+    with pytest.raises(Stop):
+        train.main([*flags, "--device", "cuda"])
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 9
+
+
+@needs_a_gpu
+def test_a_recorded_step_does_what_the_step_does(monkeypatch):
+    """Of two networks that begin alike, one learns from steps that are recorded: weights and memory stay together, and rates are heeded."""
+    n, device = 600, torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device), (torch.arange(n) % 10).to(device)
+    dataset = data.Dataset(x, y, x, y, [str(c) for c in range(10)], (0.5,) * 3, (0.25,) * 3, flip=True, color=True, scale=(0.2, 1.0))
+    args = argparse.Namespace(seed=0, model="cnn", lr=0.01, batch_size=64)
+    everything = torch.ones(n, dtype=torch.bool, device=device)
+    ends = []
+    for record in (False, True):
+        run = train.begin(args, dataset, 10)
+        run.bf16 = False
+        run.bank.rows = F.normalize(torch.randn(n, 128, device=device, generator=torch.Generator(device).manual_seed(1)), dim=1)
+        run.masks = grow_prune.prune_smallest(run.network.encoder, 0.5)
+        draws, coins = torch.Generator().manual_seed(2), torch.Generator(device).manual_seed(3)
+        lesson = train.Lesson(
+            dict.fromkeys(train.TERMS, 1.0), everything, everything[:10], y, y, torch.ones(n, device=device), y.repeat(3, 1)
+        )
+        turns = train.lessons(run, lesson, coins)
+        assert [type(turn) for turn in turns] == [train.Recorded]
+        if not record:
+            turns = [turn.function for turn in turns]
+        heard = []
+        for step, index in enumerate(data.batches(everything, everything, 64, 8, 0.5, draws)):
+            train.set_learning_rate(run.optimizer, 0.01 if step < 6 else 0.0)
+            heard.append(torch.stack(list(turns[0](index).values())))
+            if step == 5:
+                held = run.network.encoder[0].weight.detach().clone()
+        assert torch.equal(held, run.network.encoder[0].weight)  # nothing is learned at a rate of 0
+        ends.append((torch.stack(heard), held, run.bank.rows, run.average.head.weight.detach(), run.units.utility))
+    for plain, recorded in zip(*ends, strict=True):
+        torch.testing.assert_close(plain, recorded, rtol=1e-2, atol=1e-3)
