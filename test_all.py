@@ -1773,7 +1773,7 @@ def test_a_recorded_step_does_what_the_step_does(monkeypatch):
         lesson = train.Lesson(
             dict.fromkeys(train.TERMS, 1.0), everything, everything[:10], y, y, torch.ones(n, device=device), y.repeat(3, 1)
         )
-        turns = train.lessons(run, lesson, coins)
+        turns = train.steps_in_turn(run, lesson, coins)
         assert [type(turn) for turn in turns] == [train.Recorded]
         if not record:
             turns = [turn.function for turn in turns]

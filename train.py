@@ -285,7 +285,7 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         run.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
-        turns = lessons(run, lesson, generator)
+        turns = steps_in_turn(run, lesson, generator)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             set_learning_rate(run.optimizer, curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr))
             for term, loss in turns[step % len(turns)](index).items():
@@ -334,7 +334,7 @@ def prepare(run: Run, mix: dict[str, float], now: data.Pool, seeds: Tensor, h: T
     return Lesson(mix, now.active, run.units.in_use(now.taught), torch.where(now.labelled, seeds, -1), pseudo, confidence, clusters)
 
 
-def lessons(run: Run, lesson: Lesson, generator: torch.Generator) -> list[Callable[[Tensor], dict[str, Tensor]]]:
+def steps_in_turn(run: Run, lesson: Lesson, generator: torch.Generator) -> list[Callable[[Tensor], dict[str, Tensor]]]:
     """The steps of an epoch, to be taken in turn, each a function of the images `index` [B]: `learn`, on a GPU `Recorded`."""
     every = losses.searched(len(lesson.active))[1]
     steps = [partial(learn, run, lesson, turn, generator=generator) for turn in range(every)]

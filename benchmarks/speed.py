@@ -161,7 +161,7 @@ def gradual(job: Job) -> Iterator[None]:
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    turns = train.lessons(run, lesson, generator)
+    turns = train.steps_in_turn(run, lesson, generator)
     while True:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             train.set_learning_rate(optimizer, curriculum.learning_rate(0.7, 0.01))
