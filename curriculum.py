@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# When things happen in the gradual curriculum, in progress 0..1.
+# The gradual curriculum: when things happen, in progress 0..1.
 LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join, the first and the last of them
 NAMING = 0.10  # this much later, the first labels of a late class: time to notice what has no name yet
-SHARE = (0.5, 0.2)  # of each batch that is drawn from the labelled images: at first, and once their labels have spread
-RARER = (0.40, 0.60)  # when the one gives way to the other
+LABELLED_SHARE = (0.5, 0.2)  # of each batch, drawn from the labelled images: at first and in the end, in `semi` too
+RARER = (0.40, 0.60)  # it falls between these; by then the labels have spread to the other images
 PRUNE = (0.30, 0.85)  # weights are pruned, along a cubic
 
 
@@ -57,7 +57,7 @@ def learning_rate(progress: float, peak: float) -> float:
 
 def labelled_share(progress: float) -> float:
     """How much of a batch is drawn from the labelled images, 0..1, where they are taught beside all others."""
-    return SHARE[0] + (SHARE[1] - SHARE[0]) * ramp(progress, *RARER)
+    return LABELLED_SHARE[0] + (LABELLED_SHARE[1] - LABELLED_SHARE[0]) * ramp(progress, *RARER)
 
 
 def arrivals(num_classes: int, known: int) -> list[float]:

@@ -1736,33 +1736,36 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 
 
 @needs_a_gpu
-def test_a_run_on_a_gpu_can_go_on_without_one(tmp_path, monkeypatch):
+def test_a_run_goes_on_from_device_to_device(tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop(path, state, write=train.write_checkpoint):
-        write(path, state)
-        if len(state["rows"]) == 6:
-            raise Stop
+    write, flags = train.write_checkpoint, [*TINY, "--epochs", "8"]
+    for epochs, device in ((3, "cpu"), (5, "cuda"), (7, "cpu")):  # the second trains the head for the first time on a GPU
 
-    flags = [*TINY, "--epochs", "8", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(train, "write_checkpoint", stop)
-    with pytest.raises(Stop):
-        train.main([*flags, "--device", "cuda"])
+        def stop(path, state, epochs=epochs):
+            write(path, state)
+            if len(state["rows"]) == epochs:
+                raise Stop
+
+        monkeypatch.setattr(train, "write_checkpoint", stop)
+        with pytest.raises(Stop):
+            train.main([*flags, "--out", str(tmp_path / "run"), "--device", device])
+        flags = ["--resume"]
     monkeypatch.undo()
-    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
-    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 9
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--device", "cuda"]) == 0
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 9 and (tmp_path / "run" / "summary.json").exists()
 
 
 @needs_a_gpu
-def test_a_recorded_step_does_what_the_step_does(monkeypatch):
+def test_a_recorded_step_does_what_the_step_does():
     """Of two networks that begin alike, one learns from steps that are recorded: weights and memory stay together, and rates are heeded."""
-    n, device = 600, torch.device("cuda")
+    n, device = 12_100, torch.device("cuda")  # a bank of which each step looks at one half
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator).to(device), (torch.arange(n) % 10).to(device)
     dataset = data.Dataset(x, y, x, y, [str(c) for c in range(10)], (0.5,) * 3, (0.25,) * 3, flip=True, color=True, scale=(0.2, 1.0))
     args = argparse.Namespace(seed=0, model="cnn", lr=0.01, batch_size=64)
-    everything = torch.ones(n, dtype=torch.bool, device=device)
+    everything, named = (torch.ones(size, dtype=torch.bool, device=device) for size in (n, 10))
     ends = []
     for record in (False, True):
         run = train.begin(args, dataset, 10)
@@ -1770,18 +1773,16 @@ def test_a_recorded_step_does_what_the_step_does(monkeypatch):
         run.bank.rows = F.normalize(torch.randn(n, 128, device=device, generator=torch.Generator(device).manual_seed(1)), dim=1)
         run.masks = grow_prune.prune_smallest(run.network.encoder, 0.5)
         draws, coins = torch.Generator().manual_seed(2), torch.Generator(device).manual_seed(3)
-        lesson = train.Lesson(
-            dict.fromkeys(train.TERMS, 1.0), everything, everything[:10], y, y, torch.ones(n, device=device), y.repeat(3, 1)
-        )
-        turns = train.steps_in_turn(run, lesson, coins)
-        assert [type(turn) for turn in turns] == [train.Recorded]
+        lesson = train.Lesson(dict.fromkeys(train.TERMS, 1.0), everything, named, y, y, torch.ones(n, device=device), y.repeat(3, 1))
+        functions = train.step_functions(run, lesson, coins)
+        assert [type(function) for function in functions] == [train.Recorded] * 2
         if not record:
-            turns = [turn.function for turn in turns]
+            functions = [function.function for function in functions]
         heard = []
-        for step, index in enumerate(data.batches(everything, everything, 64, 8, 0.5, draws)):
-            train.set_learning_rate(run.optimizer, 0.01 if step < 6 else 0.0)
-            heard.append(torch.stack(list(turns[0](index).values())))
-            if step == 5:
+        for step, index in enumerate(data.batches(everything, everything, 64, 12, 0.5, draws)):
+            train.set_learning_rate(run.optimizer, 0.01 if step < 10 else 0.0)
+            heard.append(torch.stack(list(functions[step % 2](index).values())))
+            if step == 9:
                 held = run.network.encoder[0].weight.detach().clone()
         assert torch.equal(held, run.network.encoder[0].weight)  # nothing is learned at a rate of 0
         ends.append((torch.stack(heard), held, run.bank.rows, run.average.head.weight.detach(), run.units.utility))

@@ -106,11 +106,10 @@ class Run:
     def unpack(self, checkpoint: dict) -> None:
         """The reverse, on to this run's device."""
         device = self.bank.rows.device
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        for name in ("network", "average", "optimizer"):
-            getattr(self, name).load_state_dict(checkpoint[name])
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)  # not those of the device that the checkpoint comes from
+        own = self.optimizer.state_dict()["param_groups"]  # as this device wants them, not as the one that was left
+        self.network.load_state_dict(checkpoint["network"])
+        self.average.load_state_dict(checkpoint["average"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": own})
         self.bank.rows = checkpoint["bank"].to(device)
         for name in ("units", "monitor"):
             parts = checkpoint[name].items()
@@ -160,14 +159,15 @@ def parameter_groups(network: model.Network, weight_decay: float = 5e-4) -> list
 
 
 def optimizer_for(network: model.Network, lr: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum; on a GPU its learning rate is a tensor, which a step that is recorded there can read (`Recorded`)."""
-    device = network.mean.device
-    gpu = {"lr": torch.tensor(lr, device=device), "fused": True} if device.type == "cuda" else {"lr": lr}
-    return torch.optim.SGD(parameter_groups(network), momentum=0.9, nesterov=True, **gpu)
+    """SGD with Nesterov momentum. On a GPU the learning rate is a tensor, so that a recorded step (`Recorded`) can follow it: fused, for
+    otherwise SGD would read its value, which is to wait for the device."""
+    device = next(network.parameters()).device
+    rate = {"lr": torch.tensor(lr, device=device), "fused": True} if device.type == "cuda" else {"lr": lr}
+    return torch.optim.SGD(parameter_groups(network), momentum=0.9, nesterov=True, **rate)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of all groups; a tensor keeps its place in memory."""
+    """Of all groups; a tensor stays where it is in memory, for a recorded step to find."""
     for group in optimizer.param_groups:
         if torch.is_tensor(group["lr"]):
             group["lr"].fill_(lr)
@@ -285,11 +285,12 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
         run.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no waiting for a GPU in the loop
         order = data.batches(now.active, now.labelled, args.batch_size, steps, stage.labelled_share, draws)
-        turns = steps_in_turn(run, lesson, generator)
+        functions = step_functions(run, lesson, generator)
         for step, index in enumerate(tqdm(order, f"epoch {epoch + 1}", steps, unit="step", leave=False, delay=2, disable=None)):
             set_learning_rate(run.optimizer, curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr))
-            for term, loss in turns[step % len(turns)](index).items():
+            for term, loss in functions[step % len(functions)](index).items():
                 record[step, TERMS.index(term)] = loss
+        functions = None  # gives the memory of the recordings back
         stop_if_not_finite(record, run.network, epoch, stage.name)
 
         if stage.sparsity or args.prune_units:
@@ -334,23 +335,28 @@ def prepare(run: Run, mix: dict[str, float], now: data.Pool, seeds: Tensor, h: T
     return Lesson(mix, now.active, run.units.in_use(now.taught), torch.where(now.labelled, seeds, -1), pseudo, confidence, clusters)
 
 
-def steps_in_turn(run: Run, lesson: Lesson, generator: torch.Generator) -> list[Callable[[Tensor], dict[str, Tensor]]]:
-    """The steps of an epoch, to be taken in turn, each a function of the images `index` [B]: `learn`, on a GPU `Recorded`."""
+def step_functions(run: Run, lesson: Lesson, generator: torch.Generator) -> list[Callable[[Tensor], dict[str, Tensor]]]:
+    """`learn` as a function of `index` [B], for an epoch: one for each part of a large bank (`losses.searched`), to be called in turn.
+
+    On a GPU they are `Recorded`, and anew every epoch: a recording knows addresses and numbers, and between epochs the head may grow, and
+    masks, lesson and the weights of the losses are others.
+    """
     every = losses.searched(len(lesson.active))[1]
-    steps = [partial(learn, run, lesson, turn, generator=generator) for turn in range(every)]
+    functions = [partial(learn, run, lesson, turn, generator=generator) for turn in range(every)]
     if lesson.active.device.type != "cuda":
-        return steps
-    for p in run.network.parameters():  # a fused SGD wants all that it will ever have, or none
+        return functions
+    for p in run.network.parameters():  # the fused SGD fails where only some weights have a momentum; it begins with zeros anyway
         run.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-    pool = torch.cuda.graph_pool_handle()  # one memory for all: they never run at the same time
-    return [Recorded(step, generator, pool) for step in steps]
+    pool = torch.cuda.graph_pool_handle()  # one memory for all: they never run at the same time, and none reads what another left
+    return [Recorded(function, generator, pool) for function in functions]
 
 
 def learn(run: Run, lesson: Lesson, turn: int, index: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
     """A step of training on the images `index` [B]: two views, all losses, the optimizer, masks and memory. The loss of each term.
 
-    Nothing in it waits for the device or depends on values, so that a GPU is never idle and the step can be recorded. turn: which
-    part of a large bank to look at (`losses.searched`); generator: None for the global one.
+    Nothing in it waits for the device or depends on values, so that a GPU is never idle and the step can be recorded: what lasts (weights,
+    momentum, running statistics, bank, utility) is changed in place, and of all numbers only `index`, the learning rate and what is drawn
+    at random differ from step to step. turn: which part of a large bank to look at; generator: None for the global one.
     """
     mix, in_use, network, dataset = lesson.mix, lesson.in_use, run.network, run.dataset
     view1, view2 = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
@@ -788,12 +794,13 @@ def give_memory_back() -> None:
 
 
 class Recorded:
-    """A function of a tensor on a GPU, recorded as CUDA graph when it is called for the second time, and from then on repeated.
+    """A function of a tensor on a GPU, repeated from a recording (a CUDA graph).
 
-    A small network's step is a thousand short kernels, which Python starts more slowly than the GPU is done with them. A graph starts
-    them all at once. It does what it did, on the same memory: whatever else the function uses must stay where it is, and be changed
-    in place. Every tensor must have the shape of the first, and what is returned is overwritten by the next call. The first call is not
-    recorded; libraries make what they need in it. generator: what it draws random numbers from; pool: memory shared with other graphs.
+    A small network's step is a thousand short kernels, which Python starts more slowly than the GPU is done with them. The first call runs
+    as usual, for libraries to set up what they need. The second is recorded: its kernels are noted down with the addresses that
+    they use. From then on all of them are started at once. So everything that the function touches must stay at its address, x must keep
+    its shape, and what is returned is overwritten by the next call. generator: what it draws random numbers from; pool: memory
+    shared with other recordings.
     """
 
     def __init__(self, function: Callable[[Tensor], dict[str, Tensor]], generator: torch.Generator, pool: tuple[int, int]):
@@ -806,12 +813,18 @@ class Recorded:
             return self.function(x)
         self.x.copy_(x)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph, pool=self.pool):
-                self.result = self.function(self.x)  # this records; nothing is computed yet
+            self.graph, self.result = self.record()
         self.graph.replay()
         return self.result
+
+    def record(self) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        """The graph, and where its result will be; nothing is computed yet."""
+        with torch.cuda.device(self.x.device):
+            graph = torch.cuda.CUDAGraph()
+            if torch.__version__ < "2.14":  # later versions see by themselves which generators are used
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, pool=self.pool):
+                return graph, self.function(self.x)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -18,7 +18,8 @@ in two views. Each contestant is a process of its own, so that its peak memory i
 settings. They take turns, in an order that rotates from round to round, and a ratio is the median of its ratios within one
 round: what disturbs the machine for longer than a turn disturbs both sides. A turn has LEAD untimed steps and then the timed
 ones. A loader's turn is one epoch of its persistent workers with as many batches behind the timed ones as the workers fetch
-ahead: they are as busy in the last timed step as in the first, and rest while the others are timed.
+ahead: they are as busy in the last timed step as in the first, and rest while the others are timed. On a GPU c repeats recorded
+steps (`train.Recorded`), as train.py does; a and b are started by Python there, so that their ratios to c say little.
 """
 
 import argparse
@@ -161,11 +162,11 @@ def gradual(job: Job) -> Iterator[None]:
     )
     record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    turns = train.steps_in_turn(run, lesson, generator)
+    functions = train.step_functions(run, lesson, generator)
     while True:
         for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
             train.set_learning_rate(optimizer, curriculum.learning_rate(0.7, 0.01))
-            for term, loss in turns[step % len(turns)](index).items():
+            for term, loss in functions[step % len(functions)](index).items():
                 record[step, train.TERMS.index(term)] = loss
             yield
 
