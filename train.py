@@ -290,8 +290,8 @@ def train(args: argparse.Namespace, dataset: data.Dataset, device: torch.device,
             set_learning_rate(run.optimizer, curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr))
             for term, loss in functions[step % len(functions)](index).items():
                 record[step, TERMS.index(term)] = loss
-        functions = None  # gives the memory of the recordings back
         stop_if_not_finite(record, run.network, epoch, stage.name)
+        functions = None  # gives the memory of the recordings back, none of which runs any more
 
         if stage.sparsity or args.prune_units:
             filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
