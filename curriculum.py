@@ -154,9 +154,12 @@ def default_known(num_classes: int) -> int:
 
 
 def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 0.0) -> str:
-    """The schedule as text: one line for every epoch in which anything but a ramp changes, and the last."""
+    """The schedule as text: one line for every epoch in which anything but a ramp changes, and the last.
+
+    labels: the share of the images that have one; in a batch: of its images, those drawn from the labelled ones.
+    """
     lines = [f"{name}: {CURRICULA[name].__doc__}"]
-    lines.append("epoch  stage        classes  named  labels  sparsity  ntxent  aggregation  propagation  supervised")
+    lines.append("epoch  stage        classes  named  labels  in a batch  sparsity  ntxent  aggregation  propagation  supervised")
     before = None
     for epoch in range(epochs):
         s = stage(name, epoch, epochs, num_classes, sparsity=sparsity)
@@ -164,7 +167,8 @@ def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 
         if key != before or epoch == epochs - 1:
             mix = f"{s.mix['ntxent']:6.2f}  {s.mix['aggregation']:11.2f}  {s.mix['propagation']:11.2f}  {s.mix['supervised']:10.2f}"
             head = f"{epoch + 1:5d}  {s.name:11s}  {s.classes:7d}  {s.named:5d}"
-            lines.append(f"{head}  {100 * s.label_fraction:5.1f}%  {100 * s.sparsity:7.1f}%  {mix}")
+            drawn = s.labelled_share if s.label_fraction else 0.0
+            lines.append(f"{head}  {100 * s.label_fraction:5.1f}%  {100 * drawn:9.1f}%  {100 * s.sparsity:7.1f}%  {mix}")
         before = key
     return "\n".join(lines)
 
