@@ -217,7 +217,8 @@ class ConfusionMonitor:
 
     n: images in all; at_least: images that make a concept, as a share (0.3) of the images looked at for each class that has a name,
     and never fewer than 20; patience: looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in
-    which nothing else is opened (2); chance: largest probability that labels which leak at random avoid the concept so well (0.05)
+    which nothing else is opened (2); chance: largest probability that labels which leak at random avoid the concept so well (0.02, for
+    it is asked anew at every look)
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class ConfusionMonitor:
         at_least: float = 0.3,
         patience: int = 2,
         cooldown: int = 2,
-        chance: float = 0.05,
+        chance: float = 0.02,
         device: torch.device | str = "cpu",
     ):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
