@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -189,12 +190,13 @@ def read_folder(path: Path) -> tuple[tuple, list[str]]:
             images = list(pool.map(read_image, (name for name, _ in folder.samples)))
             x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
             splits.append((x, torch.tensor([y for _, y in folder.samples])))
+    part = cache.with_suffix(f".{os.getpid()}")
     try:
-        part = cache.with_suffix(f".{os.getpid()}")
         torch.save({"signature": signature, "splits": tuple(splits)}, part)
         os.replace(part, cache)
     except (OSError, RuntimeError):  # a read-only folder works as well, it only starts slower
-        pass
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return tuple(splits), train.classes
 
 

@@ -12,6 +12,7 @@ progress.png and, of several shares of labels, budgets.png.
 
 import argparse
 import csv
+import io
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ STAGE_SHADES = ("#FFFFFF", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 def embed(network: nn.Module, x: Tensor, part: str = "h", batch_size: int = 512, bf16: bool = False) -> Tensor:
     """What a network makes of images uint8 or float [N,3,H,W], in eval mode: float32, on their device.
 
-    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. The network is left as it was.
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. The network goes back to the mode it was in, train or eval.
     """
     place = ("h", "z", "logits").index(part)
     training = network.training
@@ -431,7 +432,8 @@ def read_run(folder: str | Path) -> tuple[dict, dict]:
         raise ValueError(f"{folder}: not a finished run ({Path(error.filename).name} is not there)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}: damaged ({error})") from None
-    if "curriculum" not in args or "labels_used" not in summary:
+    needed = {"curriculum", "seed", "class_order", "label_budget"}
+    if not (isinstance(args, dict) and isinstance(summary, dict) and needed <= args.keys() and "labels_used" in summary):
         raise ValueError(f"{folder}: not a run (args.json or summary.json holds something else)")
     return args, summary
 
@@ -583,6 +585,9 @@ def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
     return True
 
 
+COMPANIONS = {"progress.png": draw_progress, "budgets.png": draw_budgets}  # the figures that come with a comparison
+
+
 def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
     """Write the network of a run without its dead filters, for `model.load`; what became of it, in one line.
 
@@ -607,7 +612,9 @@ def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
             embed(network, x)
             times.append(time.perf_counter() - began)
         ratios.append(times[0] / times[1])
-    torch.save(model.pack(small), path)
+    content = io.BytesIO()
+    torch.save(model.pack(small), content)
+    Path(path).write_bytes(content.getvalue())  # OSError if it cannot be, where torch.save has errors of its own
     size = [sum(p.numel() for p in network.encoder.parameters()) for network in (whole, small)]
     return (
         f"{path}: {size[1]:,} of {size[0]:,} weights in the encoder; outputs apart by at most {apart:.1e}; "
@@ -628,6 +635,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--compact takes one run, not {len(args.runs)}")
             print(write_compact(args.runs[0], args.compact))
             return 0
+        if Path(args.out).name in COMPANIONS:
+            raise ValueError(f"--out {args.out}: this name is for another figure beside it; choose another")
         folders = runs_among(args.runs)
         if not folders:
             raise ValueError(f"{args.runs[0]}: not a run folder")
@@ -637,8 +646,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if row["again"]:
                 print(f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?", file=sys.stderr)
         draw_comparison(result, args.out)
-        more = {draw: Path(args.out).with_name(name) for draw, name in ((draw_progress, "progress.png"), (draw_budgets, "budgets.png"))}
-        drawn = [args.out, *(path for draw, path in more.items() if draw(result, path))]
+        more = {Path(args.out).with_name(name): draw for name, draw in COMPANIONS.items()}
+        drawn = [args.out, *(path for path, draw in more.items() if draw(result, path))]
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

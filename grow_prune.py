@@ -106,8 +106,8 @@ def imprint(
     Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows. A mean of few images lies close to
     everything. With others [m,D], embeddings of images of other classes, the row is therefore turned to where its class differs
     from them (`discriminant`); the bias lets it speak as loudly to its own images as before, but so much more softly that it wins no
-    more than the share `tolerance` of the others from its rivals (bool [U], the units that answer; None: all). A head without
-    biases heeds no others. The optimizer state is left alone.
+    more than the share `tolerance` of the others (or one image more, at a tie) from its rivals (bool [U], the units that answer;
+    None: all). A head without biases heeds no others. The optimizer state is left alone.
     """
     rest = torch.arange(len(head.weight), device=head.weight.device) != unit
     rivals = rest if rivals is None else rest & rivals
@@ -241,8 +241,10 @@ class ConfusionMonitor:
         claims [W]: from `claim`, unclaimed below `limit` (`threshold`); h [W,D]: their embeddings; known_h [L,D], known_y [L]: of
         labelled images, whose resemblance to their own class says what resembling means. Around a concept there are at most two
         thirds of the labels that a named one would have, and too few by more than chance. Returns the places in `index` of the
-        less claimed half of it, the surer ones.
+        less claimed half of it, the surer ones. As long as nothing is labelled, nothing is missed.
         """
+        if not len(known_y):
+            return None
         at_least = max(20, round(self.at_least * len(index) / len(known_y.unique())))
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.rest = max(0, self.rest - 1)
@@ -268,6 +270,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 
     h [n,D]: embeddings; pool_h [M,D]: of images to compare with, of which `named` (bool [M]) have a label. It is the density of
     named images over the density of all images, both by the kernel exp(cosine / temperature), relative to the share of named ones.
+    NaN where there is none.
     """
     pool_h, claims = F.normalize(pool_h.float(), dim=1), []
     for part in h.split(1000):
@@ -384,6 +387,7 @@ def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
 def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of the filters of a chain of convolutions with the smallest norm, with their batch norm.
 
+    Those of the last layer, which are the embedding, are left alone and do not count.
     Norms are compared over all layers together, each relative to the mean of its layer, whose largest filter always stays. A dead
     filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `model.compact` can remove it. Returns
     masks for `apply_masks`. Raises ValueError outside 0..1 and for a model that is not a chain.

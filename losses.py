@@ -1,4 +1,4 @@
-"""The losses of gradual supervision, each pure and in float32, and the two memories that the neighbour losses look into.
+"""The losses of gradual supervision, each pure and in float32, and the memory that the neighbour losses look into.
 
     nt_xent             every image is its own class             SimCLR                arXiv 2002.05709
     local_aggregation   neighbours that cluster together agree   Local Aggregation     arXiv 1903.12355

@@ -228,6 +228,15 @@ def test_folder_of_any_size_and_mode_and_its_cache(tmp_path, monkeypatch):
     assert not torch.equal(changed.train_x, first.train_x) and changed.train_x[0, 0].min() == 255
     (root / ".cache-32.pt").write_bytes(b"torn")
     assert torch.equal(data.load_dataset(f"folder:{root}").train_x, changed.train_x)
+    (root / ".cache-32.pt").unlink()
+
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert torch.equal(data.load_dataset(f"folder:{root}").train_x, changed.train_x)
+    assert sorted(path.name for path in root.iterdir()) == ["test", "train"]  # no half of a cache is left behind
 
 
 def test_inject_appends_late_classes(tmp_path):
@@ -869,6 +878,7 @@ def test_a_kind_that_nobody_names_opens_a_unit_after_some_looks_and_none_else_do
     assert [look for look, _ in opened] == [2, 7]  # in the third look, and again after four of rest
     assert all((y == 4).float().mean() > 0.95 and len(y) > 40 for _, y in opened)
     assert not looks(grow_prune.ConfusionMonitor(750), classes=5, named=5, times=12)
+    assert not looks(grow_prune.ConfusionMonitor(750), classes=5, named=0, times=5)  # before the first label
     assert not looks(grow_prune.ConfusionMonitor(750, at_least=2), classes=5, named=4, times=5)
     assert not looks(grow_prune.ConfusionMonitor(75), classes=5, named=4, times=5, size=15)  # too few to be sure
 
@@ -1563,6 +1573,8 @@ def test_several_runs_go_on_where_they_were_stopped_and_are_compared(capsys, tmp
     assert "unknown --curriculum 'none'" in refused(capsys, train.main, ["--curriculum", "none", "--seeds", "2"])
     all_of_them = ["--curriculum", "all", "--dataset", "digits", "--without", "supervised"]
     assert "leaves 'supervised' no loss" in refused(capsys, train.main, all_of_them)
+    nothing_begins = ["--dataset", "digits", "--known-classes", "11", "--seeds", "2", "--out", tmp_path / "never"]
+    assert "--known-classes must be in 1..10" in refused(capsys, train.main, nothing_begins)
     for folder in (tmp_path / "typo", tmp_path / "both/labels-only-s3"):
         assert "is not a folder that --seeds" in refused(capsys, train.main, ["--seeds", "2", "--resume", "--out", folder])
 
@@ -1657,17 +1669,24 @@ def test_bad_comparisons_get_one_line(runs, capsys, tmp_path):
     shutil.copytree(runs / "self", tmp_path / "torn")
     (tmp_path / "torn/summary.json").write_text("{")
     (tmp_path / "torn/checkpoint.pt").write_bytes(b"torn")
+    for other, text in (("other", '{"curriculum": "self"}'), ("list", "[]")):
+        shutil.copytree(runs / "self", tmp_path / other)
+        (tmp_path / other / "args.json").write_text(text)
     (tmp_path / "begun").mkdir()
     shutil.copy(runs / "self/args.json", tmp_path / "begun")
     for args, words in (
         ([tmp_path / "nothing"], "nothing: not a finished run (args.json is not there)"),
         ([tmp_path / "begun"], "begun: not a finished run (summary.json is not there)"),
         ([runs / "self", tmp_path / "torn"], "torn: damaged"),
+        ([tmp_path / "other"], "other: not a run"),
+        ([tmp_path / "list"], "list: not a run"),
+        ([runs / "self", "--out", tmp_path / "progress.png"], "progress.png: this name is for another figure"),
         ([runs / "self", "--out", tmp_path / "nowhere/figure.png"], "nowhere/figure.png"),
         ([runs / "self", runs / "semi", "--compact", tmp_path / "small.pt"], "--compact takes one run, not 2"),
         ([tmp_path / "begun", "--compact", tmp_path / "small.pt"], "begun: no checkpoint.pt that can be read"),
         ([tmp_path / "torn", "--compact", tmp_path / "small.pt"], "torn: no checkpoint.pt that can be read"),
         ([runs / "self", "--compact", tmp_path / "nowhere/small.pt"], "nowhere/small.pt: its folder is not there"),
+        ([runs / "self", "--compact", tmp_path / "begun"], "Is a directory"),
     ):
         assert words in refused(capsys, evaluate.main, args)
 

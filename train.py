@@ -928,7 +928,7 @@ def parser() -> Parser:
     add("--batch-size", type=within(2), metavar="N", help="images a step; each is seen in two views")
     add("--lr", type=within(1e-6, 1000, float), metavar="X", help="peak learning rate")
     add("--prune", type=part, default=0.8, metavar="SPARSITY", help="fraction of the encoder's weights that end at zero, 0..1")
-    add("--prune-units", type=part, default=0.0, metavar="SHARE", help="fraction of the encoder's filters that end at zero, 0..1 (VGGs)")
+    add("--prune-units", type=part, default=0.0, metavar="SHARE", help="fraction of filters before the last layer to end at zero (VGGs)")
     add = group("the run")
     add("--seed", type=within(0), default=0, metavar="N", help="of initialisation, subset, label leak, batches and augmentation")
     add("--seeds", type=within(1), default=1, metavar="N", help="N runs, counting up from --seed and --class-order, and their comparison")
@@ -1120,7 +1120,8 @@ def several(args: argparse.Namespace, argv: list[str]) -> int:
         print(f"\n{len(folders)} of {args.seeds * len(names)}: {folders[-1]}", flush=True)
         status = main([flag for flag in argv if flag != "--resume" or begun] + [str(flag) for flag in flags])
         if status:
-            print(f"for the rest: the same command with --resume --out {out}", file=sys.stderr)
+            if out.is_dir():
+                print(f"for the rest: the same command with --resume --out {out}", file=sys.stderr)
             return status
     try:
         return evaluate.main([*map(str, folders), "--out", str(out / "comparison.png")])
