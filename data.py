@@ -1,40 +1,47 @@
 """Images and labels in memory: what is there, what is active, what is labelled.
 
-A data set is one uint8 tensor [N,3,32,32] and one int64 tensor [N] per split, small enough to live on the training device,
-so there is no loader and no worker. Labels leak out class by class in a fixed random order, so that more labels always
-include the earlier ones.
+Images are a uint8 tensor [N,3,S,S], labels an int64 tensor [N] (-1: none).
+Labels leak out class by class in a fixed random order.
 
     dataset = load_dataset("digits")
     order = leak_order(dataset.train_y, seed=0)
-    labelled = label_mask(order, dataset.train_y, fraction=0.1, classes=[3, 1, 4])     # bool [N]
-    now = pools(stages, dataset.train_y, order, classes=10, known=7)[epoch]            # now.active, now.labelled, ...
+    labelled = label_mask(order, dataset.train_y, fraction=0.1, classes=[3, 1, 4])
 """
 
+import csv
 import difflib
 import hashlib
+import io
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SIZE = 32
 DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 ARCHIVES = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+TEST = ("test", "val", "valid", "validation")
+UNLABELLED = ("unlabelled", "unlabeled")
+LAYOUT = "a folder data set is PATH/train/<class>/*, optionally PATH/unlabelled/* and PATH/test/<class>/*"
+NO_IMAGE = "not an image that Pillow opens"
 
 
 @dataclass
 class Dataset:
-    """Images uint8 [N,3,32,32], labels int64 [N], class names, and what may be done to the images."""
+    """Images uint8 [N,3,S,S], labels int64 [N] (-1: none), and how images may be changed."""
 
     train_x: Tensor
     train_y: Tensor
@@ -46,6 +53,7 @@ class Dataset:
     flip: bool  # a mirrored image keeps its class
     color: bool  # colours may be changed
     scale: tuple[float, float]  # range of the area that a crop may keep
+    notes: list[str] = field(default_factory=list)  # on what was read, a line each
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
@@ -53,36 +61,32 @@ class Dataset:
         return replace(self, **moved)
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading ----
 
 
-def load_dataset(name: str, root: str | Path = "data", download: bool = True) -> Dataset:
-    """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" (PATH/train/<class>/*, PATH/test/<class>/*).
+def load_dataset(name: str, root="data", download: bool = True, image_size: int = 32) -> Dataset:
+    """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
-    The torchvision sets are read from `root`, and fetched to it if they are not there and `download` is true; a folder
-    of images `root/<name>/{train,test}/<class>` serves as well. Raises ValueError, in one line, if that fails.
+    The torchvision sets are read from the folder `root`, to which `download` fetches them. Raises ValueError,
+    in one line, or OSError for a folder that may not be read.
     """
-    if name.startswith("folder:"):
-        splits, classes = read_folder(Path(name.removeprefix("folder:")))
+    root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
+    if name in DATASETS and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
+        folder = root / name
+    if folder != name:
+        splits, classes, notes = read_folder(folder, image_size)
     elif name == "digits":
-        splits, classes = read_digits()
+        splits, classes = read_digits(image_size)
     elif name in DATASETS:
-        folder = Path(root) / name
-        archive = Path(root) / ARCHIVES[name]
-        if (folder / "train").is_dir() and not archive.is_dir():
-            splits, classes = read_folder(folder)
-        else:
-            splits, classes = read_torchvision(name, Path(root), download)
+        splits, classes = read_torchvision(name, root, download, image_size)
     else:
-        raise ValueError(f"unknown dataset '{name}'{suggest(name, DATASETS)}; use {', '.join(DATASETS)} or folder:PATH")
-    (train_x, train_y), (test_x, test_y) = splits
+        known = [f"folder:{name}"] if os.path.isdir(os.path.expanduser(name)) else DATASETS
+        raise wrong(
+            f"unknown dataset '{name}'{suggest(name, known)}; use {', '.join(DATASETS)} or folder:PATH"
+        )
     glyphs = name in ("digits", "mnist")
-    return Dataset(
-        *(train_x, train_y, test_x, test_y, classes, *channel_statistics(train_x)),
-        flip=not glyphs,
-        color=not glyphs,
-        scale=(0.5, 1.0) if glyphs else (0.2, 1.0),
-    )
+    kind = {"flip": not glyphs, "color": not glyphs, "scale": (0.5, 1.0) if glyphs else (0.2, 1.0)}
+    return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), **kind, notes=notes)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -96,252 +100,397 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def channel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Exact mean and standard deviation per channel of uint8 images, in 0..1, from histograms."""
+def printable(text: str) -> str:
+    """Text with escapes for control characters and undecodable bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def wrong(text: str) -> ValueError:
+    """An error that says this on one line."""
+    return ValueError(printable(text))
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
+    """Exact mean and standard deviation per channel of uint8 images, in 0..1."""
     value = torch.arange(256, dtype=torch.float64) / 255
-    share = torch.stack([torch.bincount(x[:, c].flatten(), minlength=256) for c in range(3)]).double()
-    share /= share.sum(1, keepdim=True)
+    count = torch.stack([x[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
+    share = count / count.sum(1, keepdim=True)
     mean = share @ value
     std = (share @ value**2 - mean**2).clamp(min=1e-4).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def read_digits() -> tuple[tuple, list[str]]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed, stratified quarter of them is the test set."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+def read_digits(size: int) -> tuple[tuple, list[str]]:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed, stratified quarter is the test set."""
+    from sklearn import datasets, model_selection
 
-    digits = load_digits()
+    digits = datasets.load_digits()
     x = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    x = F.interpolate(x, (SIZE, SIZE), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
+    x = F.interpolate(x, (size, size), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     y = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(np.arange(len(y)), test_size=0.25, stratify=y, random_state=0)
-    return tuple((x[i].contiguous(), y[i]) for i in (train, test)), [str(i) for i in range(10)]
+    split = model_selection.train_test_split(np.arange(len(y)), test_size=0.25, stratify=y, random_state=0)
+    return tuple((x[i].contiguous(), y[i]) for i in split), [str(i) for i in range(10)]
 
 
-def read_torchvision(name: str, root: Path, download: bool) -> tuple[tuple, list[str]]:
-    """MNIST, CIFAR-10 or CIFAR-100 from torchvision's files in `root`, fetched first if need be."""
-    make = {
-        "mnist": torchvision.datasets.MNIST,
-        "cifar10": torchvision.datasets.CIFAR10,
-        "cifar100": torchvision.datasets.CIFAR100,
-    }[name]
-    found = (root / ARCHIVES[name]).exists()
+def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[tuple, list[str]]:
+    """MNIST, CIFAR-10 or CIFAR-100 from torchvision's files in `root`."""
+    archive, make = root / ARCHIVES[name], getattr(torchvision.datasets, name.upper())
+    absent = [folder for folder in (archive, *archive.parents) if not folder.exists()]
     try:
-        try:
-            parts = [make(root, train=train, download=False) for train in (True, False)]
-        except RuntimeError:  # missing or altered, which torchvision does not tell apart
-            if not download:
-                raise
-            parts = [make(root, train=train, download=True) for train in (True, False)]
+        parts = [make(root, train=train, download=download) for train in (True, False)]
     except Exception as error:
-        state = "is incomplete or altered" if found else "is not there"
+        state = "is not there" if archive in absent else "is incomplete or altered"
         cause = reason(error) if download else "no download was asked for"
-        raise ValueError(
-            f"{name}: {root / ARCHIVES[name]} {state} and could not be downloaded ({cause}); "
-            f"put the original files there, or use --dataset digits"
+        raise wrong(
+            f"{name}: {archive} {state} and could not be downloaded ({cause}); put the original files there"
         ) from None
+    finally:
+        for folder in absent:  # left by a failure
+            with suppress(OSError):
+                folder.rmdir()
     splits = []
     for part in parts:
         x = torch.as_tensor(part.data)
-        if x.ndim == 3:  # MNIST, 28x28
-            x = F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
-        else:
-            x = x.permute(0, 3, 1, 2)
-        splits.append((x.contiguous(), torch.as_tensor(part.targets).long()))
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
+        x = x.contiguous()
+        if size != 32:
+            small = x.split(1000)
+            x = torch.cat([F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in small])
+        splits.append((x, torch.as_tensor(part.targets).long()))
     return tuple(splits), [str(c).split(" - ")[0] for c in parts[0].classes]
 
 
-def read_folder(path: Path) -> tuple[tuple, list[str]]:
-    """An ImageFolder tree, PATH/{train,test}/<class>/*; images of any size and mode become 32x32 RGB.
+# ---- folders of images ----
 
-    The result is kept in PATH/.cache-32.pt and used again until a file is added, removed or changed.
+
+def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str]]:
+    """Read PATH/train/<class>/*, PATH/unlabelled/* and PATH/test/<class>/* as RGB images of size x size.
+
+    unlabelled/ is optional and may be nested. test/ may be called val/, valid/ or validation/; without it a
+    tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
+    An image in train and test stays in both. PATH/.cache-SIZE.pt keeps the result until a file changes.
+
+    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes on all this. Raises ValueError,
+    in one line, for another layout or a class without a readable image.
     """
-    folders = []
-    for split in ("train", "test"):
-        if not (path / split).is_dir():
-            raise ValueError(f"{path / split} is not there; a folder data set is PATH/train/<class>/* and PATH/test/<class>/*")
-        try:
-            folders.append(torchvision.datasets.ImageFolder(path / split))
-        except FileNotFoundError as error:
-            raise ValueError(f"{path / split}: {reason(error)}") from None
-    train, test = folders
-    missing = sorted(set(train.classes) ^ set(test.classes))
-    if missing:
-        raise ValueError(f"{path}: class '{missing[0]}' must be in both train and test")
-    if len(train.classes) < 2:
-        raise ValueError(f"{path}: only the class '{train.classes[0]}'; at least two are needed")
+    path = os.path.normpath(os.path.expanduser(path))
+    files, classes, told = list_folder(path)
+    places = [f"{path}/{file}" for file in files]
+    stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
+    facts = ascii((size, list(files), list(told.items()), stamps)).encode()
+    signature, cache = hashlib.sha256(facts).hexdigest(), f"{path}/.cache-{size}.pt"
+    with suppress(Exception):  # a missing or damaged cache is made again
+        kept = torch.load(cache, weights_only=True)
+        if kept["signature"] == signature:
+            return kept["splits"], classes, kept["notes"]
 
-    digest = hashlib.sha256()
-    for name, _ in train.samples + test.samples:
-        stat = os.stat(name)
-        digest.update(f"{os.path.relpath(name, path)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    signature, cache = digest.hexdigest(), path / f".cache-{SIZE}.pt"
-    if cache.is_file():
-        try:
-            kept = torch.load(cache, weights_only=True)
-            if kept["signature"] == signature:
-                return kept["splits"], train.classes
-        except Exception:  # a damaged cache is made again
+    x, errors, scaled = read_images(places, size, "reading")
+    bad = {file: error for file, error in zip(files, errors, strict=True) if error}
+    good = {file: group for file, group in files.items() if file not in bad}
+    told[NO_IMAGE] = [file for file, error in bad.items() if error == NO_IMAGE]
+    told["unreadable"] = [f"{file} ({error})" for file, error in bad.items() if error != NO_IMAGE]
+    for split, name in set(files.values()) - set(good.values()):
+        if name:
+            raise wrong(f"{path}: class '{name}' has no readable image in {split}: {some(list(bad), 3)}")
+    x = x[torch.tensor([not error for error in errors])]
+    y = torch.tensor([classes.index(name) if name else -1 for _, name in good.values()])
+    title, held = "test", set()
+    if not any(split in TEST for split, _ in good.values()):
+        title = "test, a tenth of each class held out of train"
+        by_hash = sorted(good, key=lambda file: hashlib.sha256(os.fsencode(file)).digest())
+        for name in classes:
+            own = [file for file in by_hash if good[file][1] == name]
+            if len(own) < 2:
+                raise wrong(f"{path}: class '{name}' has one image and needs two, or a folder test/")
+            held.update(own[: max(1, round(len(own) / 10))])
+    test = torch.tensor([split in TEST or file in held for file, (split, _) in good.items()])
+    notes = []
+    for part, mask in {"train": ~test & (y >= 0), "unlabelled": y < 0, title: test}.items():
+        count = Counter(y[mask].tolist())
+        each = some([f"{name[:40]} {count[c]}" for c, name in enumerate(classes) if count[c]], 12)
+        if count:
+            notes.append(f"{part}: {count.total()} images" + f" ({each})" * bool(each))
+    tested = {image.numpy().tobytes() for image in x[test]}
+    for file, image, own in zip(good, x, ~test, strict=True):
+        if own and image.numpy().tobytes() in tested:
+            told["in train and in test, used in both"].append(file)
+    notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
+    notes = [printable(note) for note in notes + scaled]
+    splits = (x[~test], y[~test]), (x[test], y[test])
+    kept = {"signature": signature, "splits": splits, "notes": notes}
+    with suppress(OSError, RuntimeError):  # the folder may be read-only
+        write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
+    return splits, classes, notes
+
+
+def list_folder(path: str) -> tuple[dict, list[str], dict]:
+    """{file: (split, class or "")}, the classes, and {kind: files that are not read}."""
+    beside = [name for name in sorted(os.listdir(path)) if name[0] != "."] if os.path.isdir(path) else []
+    if not os.path.isdir(f"{path}/train"):
+        raise wrong(f"{path}/train is not there, but {some(beside, 4) or 'nothing'}; {LAYOUT}")
+    test = [name for name in TEST if os.path.isdir(f"{path}/{name}")][:1]
+    used = [name for name in ("train", *UNLABELLED, *test) if name in beside]
+    told, files = defaultdict(list), {}
+    told["not read, beside train"] = [name for name in beside if name not in used]
+    for split in used:
+        for file in walk(path, split, told):
+            inner = [""] if split in UNLABELLED else file.split("/")[1:-1]
+            if inner:
+                files[file] = split, inner[0].encode(errors="backslashreplace").decode()
+            else:
+                told["not read, in no class folder"].append(file)
+    there = set(files.values())
+    classes = sorted({name for _, name in there if name})
+    told["only in test, never trained"] = [name for name in classes if ("train", name) not in there]
+    for name in classes * len(test):
+        if (test[0], name) not in there:
+            raise wrong(f"{path}: class '{name}' must be in both train and test, but is not in {test[0]}")
+    if len(classes) < 2:
+        raise wrong(f"{path}/train: at least two classes with images are needed, not {classes}; {LAYOUT}")
+    return files, classes, told
+
+
+def walk(root: str, top: str, told: dict) -> list[str]:
+    """The files below root/top, relative to root and sorted; what is not read is added to `told`."""
+
+    def refuse(error):
+        raise error
+
+    found, seen = [], {os.path.realpath(parent) for parent in Path(root, top, "x").absolute().parents}
+    for path, folders, files in os.walk(Path(root, top), onerror=refuse, followlinks=True):
+        here = Path(path).relative_to(root).as_posix()
+        target = {name: os.path.realpath(Path(path, name)) for name in folders}
+        out = {name for name in folders + files if name[0] == "." or target.get(name) in seen}
+        seen.update(target.values())
+        folders[:] = sorted(set(folders) - out)
+        files = [name for name in files if name not in out]
+        found += [f"{here}/{name}" for name in files]
+        told["not read, hidden or a link back up"] += [f"{here}/{name}" for name in sorted(out)]
+        told["not read, empty"] += [] if folders or files else [here]
+    return sorted(found, key=lambda file: file.split("/"))
+
+
+# ---- image files ----
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The files among `paths`, and in the folders among them, sorted, all but hidden ones."""
+    found = []
+    for path in map(os.path.expanduser, paths):
+        files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
+        found += [Path(path, file) for file in files]
+    return found
+
+
+def read_images(files: Sequence, size: int, progress: str | None = None) -> tuple[Tensor, list, list[str]]:
+    """Read files in parallel: uint8 [M,3,size,size], the square in the middle of each image.
+
+    Also returns, for each file, None or why it could not be read (its pixels are 0 then), and notes on what
+    was cut and scaled. progress: the label of a progress bar.
+    """
+    from tqdm import tqdm
+
+    x = torch.zeros(len(files), 3, size, size, dtype=torch.uint8)
+    pixels, errors, shapes = x.numpy(), [None] * len(files), [(size, size)] * len(files)
+
+    def read(start: int) -> None:
+        for i in range(start, min(start + 16, len(files))):
+            try:
+                image = read_image(files[i])
+                shapes[i] = image.size
+                if image.size != (size, size):
+                    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+                pixels[i] = np.asarray(image).transpose(2, 0, 1)
+            except Exception as error:  # a torn file may raise anything
+                errors[i] = reason(error)
+
+    tasks = range(0, len(files), 16)
+    bar = tqdm(tasks, progress, leave=False, delay=2, disable=None if progress else True)
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for _ in zip(bar, pool.map(read, tasks), strict=True):
             pass
-    splits = []
-    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter's lock
-        for folder in folders:
-            images = list(pool.map(read_image, (name for name, _ in folder.samples)))
-            x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-            splits.append((x, torch.tensor([y for _, y in folder.samples])))
-    part = cache.with_suffix(f".{os.getpid()}")
+    notes = [
+        f"{w}x{h} -> {size}x{size}: {'the middle' if w != h else 'shrunk' if w > size else 'enlarged'} ({n})"
+        for (w, h), n in Counter(shapes).most_common()
+        if (w, h) != (size, size)
+    ]
+    return x, errors, [some(notes, 4)] if notes else []
+
+
+def read_image(path) -> Image.Image:
+    """An image file as RGB, upright, of several frames the first."""
+    if not os.path.isfile(path):  # a pipe would block
+        os.stat(path)
+        raise ValueError("not a file")
     try:
-        torch.save({"signature": signature, "splits": tuple(splits)}, part)
-        os.replace(part, cache)
-    except (OSError, RuntimeError):  # a read-only folder works as well, it only starts slower
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return tuple(splits), train.classes
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        named = Image.registered_extensions().get(Path(path).suffix.lower()) in Image.OPEN
+        raise ValueError("not a readable image" if named else NO_IMAGE) from None
 
 
-def read_image(name: str) -> np.ndarray:
-    """One image file as uint8 [32,32,3]: scaled to cover the square, cut at the centre."""
-    try:
-        with Image.open(name) as image:
-            if image.mode.startswith("I;16"):  # 16-bit grey, which PIL would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
-            return np.asarray(image)
-    except Exception as error:  # PIL's readers raise whatever a torn file makes them trip over
-        raise ValueError(f"{name}: not a readable image ({reason(error)})") from None
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: transparency on white, more than 8 bits scaled by their range.
+
+    The range is the smallest of 8, 12 and 16 bits that holds all pixels, for floats 0..1 or 0..255, and else
+    from the darkest to the brightest pixel.
+    """
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        finite = values[np.isfinite(values)]
+        low, high = finite.min().item(), finite.max().item()
+        ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)
+        low, high = next(((0, end) for end in ends if 0 <= low and high <= end), (low, high))
+        values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+        image = Image.fromarray(((values - low) * (255.999 / ((high - low) or 1))).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ---- choosing -------------------------------------------------------------------------------------------------------
+# ---- choosing ----
 
 
 def class_subset(dataset: Dataset, per_class: int, seed: int) -> Dataset:
-    """The data set with at most `per_class` random training images of each class; the test set is untouched."""
-    keep = leak_order(dataset.train_y, seed) < per_class
+    """At most `per_class` random training images of each class, and all without a label."""
+    keep = (leak_order(dataset.train_y, seed) < per_class) | (dataset.train_y < 0)
     return replace(dataset, train_x=dataset.train_x[keep], train_y=dataset.train_y[keep])
 
 
 def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
-    """A random `share` of each class's training images, always the same ones, in place of the test images.
-
-    Settings chosen by such images have not seen the test set.
-    """
-    order, y = leak_order(dataset.train_y, seed=2**20), dataset.train_y
-    held = label_mask(order, y, share, range(len(dataset.classes)))
-    return replace(dataset, train_x=dataset.train_x[~held], train_y=y[~held], test_x=dataset.train_x[held], test_y=y[held])
+    """A random `share` of each class's training images, always the same ones, in place of the test images."""
+    x, y = dataset.train_x, dataset.train_y
+    held = label_mask(leak_order(y, seed=2**20), y, share, range(len(dataset.classes)))
+    return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
 
 
-def inject(dataset: Dataset, spec: str, root: str | Path = "data", download: bool = True) -> Dataset:
+def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]", for instance "cifar100:wolf,tank".
 
-    A folder is "folder:PATH:class[,class]". The new classes come after the old ones. Raises ValueError, in one line,
-    for a data set or a class that is not there.
+    Unlabelled images stay out. Raises ValueError if something is not there.
     """
-    source, _, names = spec.rpartition(":")
-    if not source or not names or source == "folder":
-        raise ValueError(f"--inject '{spec}' must be DATASET:class[,class], for instance cifar100:wolf,tank")
-    other = load_dataset(source, root, download)
-    parts = {"train": [], "test": []}
-    classes = list(dataset.classes)
-    for name in (n.strip() for n in names.split(",")):
+    source, _, text = spec.rpartition(":")
+    if not text or source in ("", "folder"):
+        raise wrong(f"--inject '{spec}' must be DATASET:class[,class], as cifar100:wolf,tank")
+    other = load_dataset(source, root, download, dataset.train_x.shape[-1])
+    names = [text] if text in other.classes else [name.strip() for name in text.split(",")]
+    for name in names:
         if name not in other.classes:
-            raise ValueError(f"--inject: no class '{name}' in {source}{suggest(name, other.classes)}")
-        if name in classes:
-            raise ValueError(f"--inject: a class '{name}' is there already")
-        for split, x, y in (("train", other.train_x, other.train_y), ("test", other.test_x, other.test_y)):
-            chosen = x[y == other.classes.index(name)]
-            parts[split].append((chosen, torch.full((len(chosen),), len(classes))))
-        classes.append(name)
-    train_x, train_y = (torch.cat(t) for t in zip((dataset.train_x, dataset.train_y), *parts["train"], strict=True))
-    test_x, test_y = (torch.cat(t) for t in zip((dataset.test_x, dataset.test_y), *parts["test"], strict=True))
-    return replace(dataset, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, classes=classes)
+            raise wrong(f"--inject: no class '{name}' in {source}{suggest(name, other.classes)}")
+        if name in dataset.classes:
+            raise wrong(f"--inject: a class '{name}' is there already")
+        label, new = other.classes.index(name), len(dataset.classes)
+        train, test = other.train_y == label, other.test_y == label
+        dataset = replace(
+            dataset,
+            train_x=torch.cat([dataset.train_x, other.train_x[train]]),
+            train_y=torch.cat([dataset.train_y, torch.full_like(other.train_y[train], new)]),
+            test_x=torch.cat([dataset.test_x, other.test_x[test]]),
+            test_y=torch.cat([dataset.test_y, torch.full_like(other.test_y[test], new)]),
+            classes=[*dataset.classes, name],
+        )
+    return replace(dataset, notes=dataset.notes + [f"{source}: {note}" for note in other.notes])
 
 
 def class_order(num_classes: int, seed: int, late: int = 0) -> list[int]:
-    """The order in which classes appear: a seeded permutation, but for the last `late` ones, which keep their place."""
+    """The order in which classes appear: a seeded permutation; the last `late` ones keep their place."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randperm(num_classes - late, generator=generator).tolist()
     return first + list(range(num_classes - late, num_classes))
 
 
 def leak_order(labels: Tensor, seed: int) -> Tensor:
-    """The place of each image in the random order in which the labels of its class become known: int64 [N], from 0."""
-    labels_cpu = labels.cpu()
-    key = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Each image's place in the random order in which labels of its class become known: int64 [N].
+
+    An image without a label (-1) has the place N.
+    """
+    y = labels.cpu() + 1
+    key = torch.rand(len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     index = key.argsort()
-    index = index[labels_cpu[index].argsort(stable=True)]  # by class, random inside a class
-    count = labels_cpu.bincount()
+    index = index[y[index].argsort(stable=True)]  # by class, random inside a class
+    count = y.bincount()
     order = torch.empty_like(index)
-    order[index] = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels_cpu[index]]
-    return order.to(labels.device)
+    order[index] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[index]]
+    return order.masked_fill(y == 0, len(y)).to(labels.device)
 
 
 def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence[int]) -> Tensor:
     """Which labels are known: the first round(fraction n_c) images of each class c in `classes`. bool [N].
 
-    order: from `leak_order`; fraction in 0..1. Nested (a larger fraction contains a smaller one) and stratified.
-    Raises ValueError for a fraction outside 0..1.
+    order: from `leak_order`. A larger fraction contains a smaller one. Raises ValueError outside 0..1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
-    count = labels.bincount()
+    count = (labels + 1).bincount(minlength=1)
     quota = (count.double() * fraction + 0.5).floor().long()
-    known = torch.zeros(len(count), dtype=torch.bool, device=labels.device)
-    known[torch.as_tensor([c for c in classes if c < len(count)], dtype=torch.long, device=labels.device)] = True
-    return (order < quota[labels]) & known[labels]
+    known = torch.zeros_like(count, dtype=torch.bool)
+    known[[c + 1 for c in classes if c + 1 < len(count)]] = True  # never [0]: no label
+    return (order < quota[labels + 1]) & known[labels + 1]
 
 
 @dataclass
 class Pool:
-    """What is there to learn from in an epoch: bool masks over the images [N] and the classes [C]."""
+    """What an epoch learns from: bool masks over images [N] and classes [C]."""
 
     active: Tensor
     labelled: Tensor
     taught: Tensor  # the classes that have a label
-    arrived: Tensor  # the images that are there now and were not an epoch ago
-    labelled_before: Tensor  # those that had their label an epoch ago and are still there
+    arrived: Tensor  # the images that were not there an epoch ago
+    labelled_before: Tensor  # of those that are there now
     taught_before: Tensor
 
 
-def pools(stages: Sequence, y: Tensor, order: Tensor, classes: int, known: int, replay: int | None = None) -> list[Pool]:
-    """What is there in each epoch, by its Stage (of curriculum.py), of images with labels y int64 [N], which leak in `order`.
+def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=None, taught=None) -> list[Pool]:
+    """The Pool of each epoch, by its Stage (of curriculum.py); the labels y int64 [N] leak in `order`.
 
-    classes: in all; known: those there from the start; replay: of classes that came before the latest late ones, only so many
-    exemplars remain (None: all).
+    Images without a label are always there. classes: in all; known: at the start; replay: images that remain
+    of a class when later ones come (None: all); taught: bool [C], the classes taught before.
     """
     result, there, latest = [], 0, 0
-    nothing, untaught = torch.zeros_like(y, dtype=torch.bool), torch.zeros(classes, dtype=torch.bool, device=y.device)
-    now = Pool(nothing, nothing, untaught, nothing, nothing, untaught)
+    nothing = torch.zeros_like(y, dtype=torch.bool)
+    learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
+    now = Pool(nothing, nothing, learned, nothing, nothing, learned)
     for stage in stages:
         if stage.classes > there:
             latest, there = there, stage.classes  # the classes from `latest` on came last
         active = y < there
         if replay is not None and there > known:
-            active &= (y >= latest) | (order < replay)
+            active &= (y >= latest) | (order < replay) | (y < 0)
         labelled = label_mask(order, y, stage.label_fraction, range(stage.named)) & active
-        taught = y[labelled].bincount(minlength=classes) > 0
-        now = Pool(active, labelled, taught, active & ~now.active, now.labelled & active, now.taught)
+        named = learned | (y[labelled].bincount(minlength=classes) > 0)
+        now = Pool(active, labelled, named, active & ~now.active, now.labelled & active, now.taught)
         result.append(now)
     return result
 
 
 def sample(mask: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` of the places where mask (bool [N]) is True, at random, the same for the same seed: int64."""
+    """At most `count` random places where mask (bool [N]) is True, the same for a seed: int64."""
     index = mask.nonzero()[:, 0]
-    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count].to(mask.device)]
+    chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count]
+    return index[chosen.to(mask.device)]
 
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` entries of pool [M]: whole random permutations, one after the other, the last one cut off. int64 [count]."""
+    """`count` entries of pool [M]: whole random permutations, the last one cut off. int64 [count]."""
     rounds = math.ceil(count / len(pool))
     return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
 
 
-def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_share: float, generator: torch.Generator) -> Iterator[Tensor]:
-    """The batches of one epoch: `steps` index tensors int64 [size], on the device of `active`.
+def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_share: float, generator):
+    """The batches of one epoch: `steps` tensors of indices, int64 [size], where `active` (bool [N]) is.
 
-    active, labelled: bool [N]. `labelled_share` of every batch is drawn from the labelled images as long as there are
-    any, the rest from all active ones. generator: on the CPU. Nothing is transferred during the epoch.
+    `labelled_share` of each batch is drawn from the `labelled` images, if any, the rest from all active ones.
+    generator: on the CPU.
     """
     known = (active & labelled).nonzero()[:, 0].cpu()
     size_known = max(1, round(size * labelled_share)) if len(known) and labelled_share else 0
@@ -355,7 +504,81 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
 
 
 def reorder(dataset: Dataset, order: Sequence[int]) -> Dataset:
-    """The data set with its classes renumbered by their place in `order`: class order[0] becomes 0, and so on."""
-    rank = torch.as_tensor(order).argsort().to(dataset.train_y.device)
+    """The data set with classes renumbered by their place in `order`: order[0] becomes 0; -1 stays."""
+    rank = torch.tensor([*torch.as_tensor(order).argsort(), -1], device=dataset.train_y.device)
     classes = [dataset.classes[c] for c in order]
     return replace(dataset, train_y=rank[dataset.train_y], test_y=rank[dataset.test_y], classes=classes)
+
+
+def fingerprint(dataset: Dataset) -> dict:
+    """{"images": a digest of all pixels and labels in their order, "classes": the names}."""
+    digest = hashlib.sha256()
+    for part in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
+        digest.update(f"{part.shape}".encode() + part.cpu().numpy().tobytes())
+    return {"images": digest.hexdigest(), "classes": list(dataset.classes)}
+
+
+# ---- files of a run ----
+
+
+def write_atomically(path, content, mark: str = "") -> None:
+    """Write bytes, or what a function writes to a file; a kill or a full disk leaves the old one."""
+    part = Path(f"{path}{mark}.part")
+    try:
+        with open(part, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def torch_bytes(value: object) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def write_json(path, value: dict) -> None:
+    """A dictionary as JSON in UTF-8."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def write_csv(path, rows: list[dict], columns=None) -> None:
+    """Rows as CSV in UTF-8, floats with six digits. columns: all keys if not given."""
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def write_table(path, rows: list[dict], columns=None) -> str | None:
+    """`write_csv`, and None, or a warning in one line if the file may not be replaced."""
+    try:
+        write_csv(path, rows, columns)
+    except PermissionError as error:
+        return printable(f"{path} was not written ({error.strerror}); is it open in another program?")
+    return None
+
+
+def read_checkpoint(path, version: int) -> dict:
+    """A checkpoint, on the CPU. Raises ValueError if it is missing, damaged or another version's."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if torn := file.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"the checksum of {torn} is wrong")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["version"]
+    except Exception as error:
+        state = "damaged" if os.path.exists(path) else "not there"
+        raise wrong(f"{path} is {state} ({reason(error)})") from None
+    if found != version:
+        raise wrong(f"{path}: the checkpoint has version {found}, this program writes {version}")
+    return saved

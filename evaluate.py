@@ -1,22 +1,25 @@
 """What an encoder has learned, in numbers and in pictures.
 
-    h = embed(network, dataset.test_x)                          # [N,D], frozen encoder, eval mode
-    linear_probe(train_h, train_y, h, y), knn_accuracy(train_h, train_y, h, y)
-    cluster_scores(h, y)                                        # {"ari", "nmi", "silhouette", "accuracy"}
-    forgetting(per_class_accuracy), novelty_auroc(score, is_new)
+    h = embed(network, dataset.test_x)                      # [N,D], frozen encoder, eval mode
+    linear_probe(train_h, train_y, h, y), knn_accuracy(train_h, train_y, h, y), cluster_scores(h, y)
+    answers(network, images)                                # {"unit", "answer", "confidence", "claim"}
 
-`python evaluate.py RUN [RUN ...]` compares finished runs: a table (mean ± std over the seeds of the same settings), comparison.png,
-progress.png and, of several shares of labels, budgets.png.
-`python evaluate.py RUN --compact FILE` writes a run's network without its dead filters.
+`python evaluate.py --help` compares runs, answers for images and names what was found.
 """
 
 import argparse
 import csv
-import io
+import functools
+import inspect
 import json
+import math
+import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+import textwrap
+import timeit
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,37 +28,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Six colours of Okabe & Ito's and four of Tol's, which colour-blind people can tell apart, and markers so that colour is not needed.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#999933", "#332288", "#882255", "#44AA99")
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
-STAGE_SHADES = ("#FFFFFF", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
+Rows, Names = Sequence[dict], Sequence[str]
+MAY_BE_EMPTY = ("gcd_accuracy", "open_world", "concept_scores")
 
-# ---- accuracy -------------------------------------------------------------------------------------------------------
+# ---- measured: the encoder ----
 
 
-@torch.no_grad()
-def embed(network: nn.Module, x: Tensor, part: str = "h", batch_size: int = 512, bf16: bool = False) -> Tensor:
-    """What a network makes of images uint8 or float [N,3,H,W], in eval mode: float32, on their device.
+def measured(function: Callable) -> Callable:
+    """Compute in float32 without autocast and gradients, whatever surrounds the call or comes in.
 
-    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. The network goes back to the mode it was in, train or eval.
+    Raises ValueError, naming the argument, for unequal or no rows (train_*, test_* apart), or train_y < 0.
     """
-    place = ("h", "z", "logits").index(part)
-    training = network.training
-    network.eval()
-    out = []
-    for images in x.split(batch_size):
-        images = images.float().div_(255) if images.dtype == torch.uint8 else images
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            out.append(network(images.contiguous(memory_format=torch.channels_last))[place].float())
-    network.train(training)
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def wrapped(*args, **options):
+        given, rows = dict(zip(names, args, strict=False)) | options, {}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(value))
+                if len(value) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
+                    raise ValueError(f"{name} has {len(value)} rows instead of {wanted or 'at least one'}")
+                if name == "train_y" and value.min() < 0:
+                    raise ValueError("train_y is negative: leave images without a label out")
+                given[name] = value.float() if value.is_floating_point() else value
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(**given)
+
+    return wrapped
+
+
+@measured
+def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -> Tensor:
+    """What a network makes of images uint8 or float [N,3,H,W] in eval mode: float32, on their device.
+
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Every module returns to its mode. Raises
+    ValueError for another part, dtype, shape or size (network.image_size).
+    """
+    parts, size = ("h", "z", "logits"), getattr(network, "image_size", None)
+    if part not in parts:
+        raise ValueError(f"part is one of {', '.join(parts)}, not {part!r}")
+    fits = x.ndim == 4 and x.shape[1] == 3 and x.shape[2:] == (size or x.shape[2], size or x.shape[3])
+    if not fits or x.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H'}, {size or 'W'}]"
+        )
+    modes, out = [(module, module.training) for module in network.modules()], []
+    try:
+        network.eval()
+        for images in x.split(batch_size):
+            images = images.float().div_(255) if images.dtype == torch.uint8 else images
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+                output = network(images.contiguous(memory_format=torch.channels_last))
+            out.append(output[parts.index(part)].float())
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return torch.cat(out)
 
 
-def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2: float | None = None, steps: int = 100) -> float:
-    """Test accuracy (0..1) of multinomial logistic regression on frozen embeddings [N,D], standardised.
+@measured
+def linear_probe(
+    train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2=None, steps=100
+) -> float:
+    """Test accuracy (0..1) of logistic regression on frozen embeddings [N,D], standardised.
 
-    Minimises mean cross-entropy + l2 |W|^2 with L-BFGS; scikit-learn's LogisticRegression with C = 1 / (2 l2 N) is the same.
-    l2: if None, the best of four on a random fifth of the training images, before all of them are used.
+    Minimises mean cross-entropy + l2 |W|^2: scikit-learn's with C = 1 / (2 l2 N). l2: None for the best of
+    four on a random fifth of the training images.
     """
     if l2 is None:
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0)).to(train_y.device)
@@ -69,589 +108,954 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
         nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
+    def closure():  # called with gradients
         optimizer.zero_grad()
         loss = F.cross_entropy(linear(train_h), train_y) + l2 * linear.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():
-        return (linear(test_h).argmax(1) == test_y).float().mean().item()
+    return (linear(test_h).argmax(1) == test_y).float().mean().item()
 
 
-@torch.no_grad()
-def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.1) -> float:
-    """Test accuracy (0..1) of the k nearest training embeddings by cosine, voting with weight exp(cosine / temperature)."""
-    train_h, test_h = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1)
-    right = 0
+@measured
+def knn_accuracy(
+    train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k=20, temperature=0.1
+) -> float:
+    """Test accuracy (0..1) of k nearest neighbours by cosine, with votes exp(cosine / temperature)."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    train_h, test_h, right = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1), 0
     for h, y in zip(test_h.split(250), test_y.split(250), strict=True):
         similarity, near = (h @ train_h.T).topk(min(k, len(train_h)), dim=1)  # (b, k)
-        votes = torch.zeros(len(h), int(train_y.max()) + 1, device=h.device)
+        votes = h.new_zeros(len(h), int(train_y.max()) + 1)
         votes.scatter_add_(1, train_y[near], (similarity / temperature).exp())
         right += int((votes.argmax(1) == y).sum())
     return right / len(test_y)
 
 
+@measured
 def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float]:
     """Accuracy (0..1) of each class; NaN for a class without images."""
-    right = (predicted == y).double()
-    count = y.bincount(minlength=num_classes)
-    return (torch.zeros(num_classes, dtype=torch.double, device=y.device).index_add_(0, y, right) / count).tolist()
+    right, count = y[predicted == y].bincount(minlength=num_classes), y.bincount(minlength=num_classes)
+    return (right.double() / count).tolist()
 
 
 def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
     """Per class, best accuracy so far minus accuracy now: accuracy [epochs, classes] in 0..1 -> [classes]."""
     accuracy = np.asarray(accuracy, dtype=float)
-    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # fmax passes over NaN: no test image of that class
+    if not len(accuracy):
+        raise ValueError("accuracy has no epochs")
+    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # fmax ignores NaN: a class without test images
 
 
+@measured
 def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
-    """How well a score [N] (higher: more novel) tells new images from known ones (is_new: bool [N]): area under the ROC, 0..1."""
+    """Area under the ROC (0..1) of a score [N], higher for more novel images, against is_new (bool [N])."""
     from sklearn.metrics import roc_auc_score
 
+    if is_new.all() or not is_new.any():
+        raise ValueError("is_new must hold both new and known images")
     return float(roc_auc_score(is_new.cpu().numpy(), score.cpu().numpy()))
 
 
-# ---- clusters -------------------------------------------------------------------------------------------------------
-
-
-def cluster_scores(h: Tensor, y: Tensor, seed: int = 0, sample: int = 2000) -> dict[str, float]:
-    """k-means on the unit embeddings h [N,D], one cluster per class in y [N], against the classes.
-
-    ari (-0.5..1), nmi (0..1), accuracy (0..1, under the best one-to-one match of clusters and classes) and the silhouette
-    (-1..1) of the clusters on a fixed sample. Read accuracy together with ari: alone it hides a collapse.
-    """
+def matched(unit: Tensor, y: Tensor) -> Tensor:
+    """Which images (bool [N]) the best match of units to classes (int64 [N]) puts right; unit -1: none."""
     from scipy.optimize import linear_sum_assignment
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
-    unit, y = F.normalize(h.float(), dim=1).cpu().numpy(), y.cpu().numpy()
-    _, y = np.unique(y, return_inverse=True)
-    found = KMeans(int(y.max()) + 1, n_init=10, random_state=seed).fit_predict(unit)
-    table = np.zeros((found.max() + 1, y.max() + 1), dtype=int)
-    np.add.at(table, (found, y), 1)
+    (units, row), (classes, column) = (values.unique(return_inverse=True) for values in (unit, y))
+    table = row.new_zeros(len(units), len(classes)).index_put_(
+        (row, column), torch.ones_like(row), accumulate=True
+    )
+    table[units < 0] = 0
+    match = torch.full_like(units, -1)
+    rows, columns = map(torch.from_numpy, linear_sum_assignment(-table.cpu().numpy()))
+    match[rows.to(match)] = columns.to(match)
+    return (match[row] == column) & (unit >= 0)
+
+
+@measured
+def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float]:
+    """k-means on unit embeddings h [N,D], a cluster for each class in y [N]: ari, nmi, silhouette, accuracy.
+
+    Accuracy, under the best match of clusters and classes, would alone hide a collapse.
+    """
+    from sklearn import cluster, metrics
+
+    unit, y = F.normalize(h, dim=1).cpu().numpy(), y.cpu()
+    found = cluster.KMeans(len(y.unique()), n_init=10, random_state=seed).fit_predict(unit)
     chosen = np.random.default_rng(seed).permutation(len(y))[:sample]
     several = 1 < len(np.unique(found[chosen])) < len(chosen)
     return {
-        "ari": float(adjusted_rand_score(y, found)),
-        "nmi": float(normalized_mutual_info_score(y, found)),
-        "silhouette": float(silhouette_score(unit[chosen], found[chosen])) if several else 0.0,
-        "accuracy": float(table[linear_sum_assignment(-table)].sum() / len(y)),
+        "ari": float(metrics.adjusted_rand_score(y, found)),
+        "nmi": float(metrics.normalized_mutual_info_score(y, found)),
+        "silhouette": float(metrics.silhouette_score(unit[chosen], found[chosen])) if several else 0.0,
+        "accuracy": matched(torch.from_numpy(found), y).double().mean().item(),
     }
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- measured: a run ----
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of values, None not counted; None if there are none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def fraction(right: Tensor, among: Tensor) -> float | None:
+    """The fraction of True in right [N] where among [N] is true; None where it never is."""
+    return right[among].float().mean().item() if among.any() else None
+
+
+def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
+    """Accuracy of the head on test images: of all, of the first `known` classes, of the others."""
+    right, old = predicted == y, y < known
+    parts = {"accuracy": old | ~old, "old_accuracy": old, "new_accuracy": ~old}
+    return {name: fraction(right, part) for name, part in parts.items()}
+
+
+def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float]:
+    """The columns accuracy_<name> of log.csv."""
+    return dict(
+        zip((f"accuracy_{name}" for name in classes), class_accuracy(predicted, y, len(classes)), strict=True)
+    )
+
+
+@measured
+def open_set(
+    claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present: Tensor
+) -> dict:
+    """How test images of classes without a name are recognised as unknown, by claims [T] below the limit.
+
+    bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
+    """
+    unknown, known = (claims < limit) | unnamed, named[present]
+    return {
+        "open_accuracy": torch.where(named, right & ~unknown, unknown).float().mean().item(),
+        "unknown_found": fraction(unknown, ~named),
+        "novelty_auroc": novelty_auroc(-claims[present], ~known) if known.any() and not known.all() else None,
+    }
+
+
+@measured
+def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: Tensor) -> dict:
+    """Of the images `among` (bool [N]): pseudo-labels [N] that are right, sure, right if sure."""
+    right, sure = pseudo == y, confidence > 0.8
+    parts = {
+        "accuracy": (right, among),
+        "coverage": (sure, among),
+        "confident_accuracy": (right, among & sure),
+    }
+    return {f"pseudo_{name}": fraction(*part) for name, part in parts.items()}
+
+
+def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
+    """Figures for summary.json from (embeddings [N,D], classes [N]) of training and test images and the log.
+
+    Training images of class -1 are left out; budget: bool [N], labels that may leak; known: names of the old classes.
+    """
+    old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
+    clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
+    given, leaked = ([part[among] for part in train] for among in (train[1] >= 0, budget))
+    return {
+        **{
+            key: last[key]
+            for key in ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
+        },
+        "probe": linear_probe(*given, *test),
+        "probe_leaked": linear_probe(*leaked, *test) if budget.any() else None,
+        "knn": knn_accuracy(*given, *test),
+        "cluster_accuracy": clusters.pop("accuracy"),
+        **clusters,
+        "forgetting": float(np.nanmean(lost)) if np.isfinite(lost).any() else None,
+        "novelty_auroc": mean(row["novelty_auroc"] for row in rows),
+        "label_epochs": sum(row["labels"] for row in rows),
+        "images_per_second": sorted(row["images_per_second"] for row in rows)[len(rows) // 2],
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+
+
+# ---- measured: the open world ----
+
+
+@measured
+def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
+    """Accuracy of all, old, new images under ONE Hungarian match of units to classes (arXiv 2201.02609).
+
+    unit int64 [N], -1: none; y int64 [N], -1: no truth, left out; new bool [N]: its class never has a label.
+    """
+    right, new = matched(unit[y >= 0], y[y >= 0]), new[y >= 0]
+    return {
+        "gcd_all": fraction(right, new | ~new),
+        "gcd_old": fraction(right, ~new),
+        "gcd_new": fraction(right, new),
+    }
+
+
+@measured
+def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tensor:
+    """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: a cluster for each image, int64 [N].
+
+    Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. The other
+    centres start by k-means++ among the rest. The tightest of five attempts is returned.
+    """
+    rows, (given, own), attempts = F.normalize(h, dim=1), y[labelled].unique(return_inverse=True), {}
+    free, generator, known = rows[~labelled], torch.Generator().manual_seed(seed), len(given)
+    if not max(1, known) <= k <= known + len(free):
+        raise ValueError(f"k is {k}: {known} classes have labels, and {len(free)} images have none")
+
+    def means(rows: Tensor, clusters: Tensor, centres: Tensor) -> Tensor:
+        count = clusters.bincount(minlength=k)[:, None]
+        return torch.where(
+            count > 0, torch.zeros_like(centres).index_add_(0, clusters, rows) / count, centres
+        )
+
+    for _ in range(5):
+        centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), None
+        for new in range(known, k):  # k-means++: likely where it is far to the centres so far
+            far = torch.cdist(free, centres[:new]).amin(1).square().cpu() if new else torch.ones(len(free))
+            centres[new] = free[torch.multinomial(far + 1e-12, 1, generator=generator).item()]
+        for _ in range(100):  # Lloyd
+            before, clusters = clusters, torch.cdist(rows, centres).argmin(1)
+            clusters[labelled] = own
+            if before is not None and torch.equal(before, clusters):
+                break
+            centres = means(rows, clusters, centres)
+        attempts[(rows - centres[clusters]).square().sum().item()] = clusters
+    return attempts[min(attempts)]
+
+
+@measured
+def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Sequence[int]) -> dict:
+    """How units without a name fit the classes that never get one; unit, y int64 [N]: -1 for none.
+
+    concepts: number of such units; concepts_true: of such classes mostly in one of them, as its largest part;
+    purity: {unit: share of its largest class}.
+    """
+    told = (unit >= 0) & (y >= 0)
+    table = torch.zeros(*(1 + max([0, *unnamed, *values.unique().tolist()]) for values in (unit, y)))
+    table.index_put_((unit[told].cpu(), y[told].cpu()), torch.ones(int(told.sum())), accumulate=True)
+    home, largest = table.argmax(0).tolist(), table.argmax(1).tolist()  # of a class, of a unit
+    true = [
+        c for c, u in enumerate(home) if c in nameless and u in unnamed and largest[u] == c and table[u, c]
+    ]
+    purity = {u: (table[u].max() / table[u].sum()).item() if table[u].any() else None for u in unnamed}
+    return {"concepts": len(purity), "concepts_true": len(true), "purity": purity}
+
+
+@measured
+def open_world(h: Tensor, y: Tensor, labelled: Tensor, new: Tensor, seed=0) -> dict:
+    """What k-means and `semi_kmeans` of h [N,D] reach in `gcd_accuracy`, told the number of classes.
+
+    The images `labelled` (bool [N]) do not count. Returns gcd_kmeans_* and gcd_semi_kmeans_* (all, old, new).
+    """
+    from sklearn.cluster import KMeans
+
+    hidden, k, rows, figures = ~labelled, len(y.unique()), F.normalize(h, dim=1), {}
+    if not hidden.any():
+        return figures
+    plain = torch.from_numpy(KMeans(k, n_init=10, random_state=seed).fit_predict(rows.cpu().numpy())).to(y)
+    for way, unit in {"kmeans": plain, "semi_kmeans": semi_kmeans(rows, y, labelled, k, seed)}.items():
+        scores = gcd_accuracy(unit[hidden], y[hidden], new[hidden])
+        figures |= {key.replace("gcd", f"gcd_{way}"): value for key, value in scores.items()}
+    return figures
+
+
+# ---- measured: answers ----
+
+
+@measured
+def fit_temperature(logits: Tensor, y: Tensor) -> float:
+    """The T (0.05..20) under which softmax(logits [N,C] / T) makes y [N] likeliest (arXiv 1706.04599)."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(t: float) -> float:
+        return F.cross_entropy(logits / math.exp(t), y).item()
+
+    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+
+
+@measured
+def calibration_error(confidence: Tensor, right: Tensor, bins=15) -> float:
+    """Expected calibration error (0..1) of confidence [N]: |accuracy - confidence| over equal bins."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    gap, bin_of = right.float() - confidence, (confidence * bins).ceil().long().clamp(1, bins) - 1
+    return gap.new_zeros(bins).index_add_(0, bin_of, gap).abs().sum().item() / len(right)
+
+
+def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
+    """What a network (`model.load`) says to images [N,3,H,W]: unit, answer, confidence (0..1), claim.
+
+    answer: the unit's name or "unit 8", or "unknown" if the claim is below network.answering["limit"]; units
+    found without labels (answering["unnamed"]) need no claim.
+    """
+    from train import grow_prune, model
+
+    memory, names = network.answering or {}, network.names
+    found = set(memory.get("unnamed", ()))
+    in_use = [unit for unit, name in enumerate(names) if name is not None or unit in found]
+    if not in_use:
+        raise ValueError("network has no unit with a name: it was trained without labels")
+    h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
+    logits = measured(network.head.forward)(h)[:, in_use] / memory.get("temperature", 1.0)
+    confidence, place = logits.softmax(1).max(1)
+    unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
+    if memory:
+        claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
+    answer = [f"unit {u}" if names[u] is None else names[u] for u in unit.tolist()]
+    for i in (claims < memory.get("limit", -math.inf)).nonzero()[:, 0].tolist():
+        answer[i] = answer[i] if int(unit[i]) in found else "unknown"
+    return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
+
+
+# ---- lines for the screen ----
+
+TERMS = ("ntxent", "aggregation", "propagation", "supervised")
+FIGURES = {  # of summary.json: their names in a comparison
+    **dict(
+        accuracy="accuracy", old_accuracy="old", new_accuracy="new", first_sight="first sight", probe="probe"
+    ),
+    **dict(probe_leaked="probe leaked", knn="kNN", forgetting="forgetting", ari="ARI", nmi="NMI"),
+    **dict(silhouette="silhouette", novelty_auroc="novelty", sparsity="sparsity", labels_used="labels"),
+    **dict(label_epochs="label-epochs", images_per_second="images/s", seconds="seconds", concepts="concepts"),
+    **dict(concepts_true="true ones", gcd_all="gcd all", gcd_old="gcd old", gcd_new="gcd new"),
+    **dict(
+        gcd_semi_kmeans_all="semi-k all", gcd_semi_kmeans_old="semi-k old", gcd_semi_kmeans_new="semi-k new"
+    ),
+}
+
+
+def told(key, value):
+    """A figure as text: a share in per cent, a score with three digits, a count."""
+    if value is None or value != value:
+        return "-"
+    if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
+        return f"{value:.3f}"
+    counts = ("labels_used", "label_epochs", "images_per_second", "seconds", "concepts", "concepts_true")
+    return f"{value:.0f}" if key in counts else f"{100 * value:.1f}"
+
+
+def log_header() -> str:
+    """The heading of the lines that `log_line` gives."""
+    terms = "  ".join(f"{term[:6]:>6s}" for term in TERMS)
+    line = f"   epoch stage        classes  labels  {terms}"
+    return f"{line}  accuracy    old    new   open  pruned  img/s    left"
+
+
+def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
+    """The last row of log.csv as a line, then its events. open: "unknown" is an answer; left: minutes."""
+    row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
+    line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
+    for loss in (row[f"loss_{term}"] for term in TERMS):
+        line += "       -" if loss is None else f"  {loss:6.3f}"
+    for key, width in dict(accuracy=10, old_accuracy=7, new_accuracy=7, open_accuracy=7, sparsity=8).items():
+        line += f"{'-' if row[key] is None else f'{100 * row[key]:.1f}%':>{width}s}"
+    minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
+    line += f"  {row['images_per_second']:5.0f}  {minutes:3d}:{seconds:02d}"
+    return "\n".join([line, *(event_line(event) for event in events if event["event"] != "arrived")])
+
+
+def event_line(event: dict) -> str:
+    """An event of the head's life as a line."""
+    line = f"         {event['event']}: unit {event['unit']}" + f" for class {event['class']}" * bool(
+        event["class"]
+    )
+    evidence = [f"{event['count']} images"] if event["count"] is not None else []
+    evidence += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
+    return line + f" ({', '.join(evidence)})" * bool(evidence)
+
+
+def describe(summary: dict, images: int, known: int) -> str:
+    """The figures of one run as aligned text; those of the open world only if there are any."""
+    keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
+    lines = [f"{images:,} training images; old: the first {known} classes"]
+    return "\n".join([*lines, *(f"{key:20s}{told(key, summary[key]):>10s}" for key in keys)])
+
+
+# ---- drawn: a run ----
+
+# Six colours of Okabe & Ito's and four of Tol's, for colour-blind people, and markers beside them.
+COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
+MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
+METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
+LOOK = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.usetex": False}
+BESIDE, CENTRE = dict(loc="center left", bbox_to_anchor=(1.01, 0.5)), dict(ha="center", va="center")
+BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
+
+
+def attempt(draw, *args):
+    """Call a function that draws; if it fails, print one warning line and return False."""
+    try:
+        draw(*args)
+    except Exception as error:
+        picture = next((arg for arg in args if str(arg).endswith(".png")), draw.__name__)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        say_once(f"warning: {picture} could not be drawn ({cause})")
+        return False
+    return True
+
+
+@functools.cache
+def say_once(text):
+    """Print a line to stderr, once."""
+    print(text, file=sys.stderr)
 
 
 @contextmanager
-def figure(path: str | Path, width: float, height: float, rows: int = 1, columns: int = 1, **options) -> Iterator[tuple]:
-    """A matplotlib figure that needs no screen, and its axes, to be drawn on and then written to `path`."""
-    import matplotlib
+def figure(path, width, height, rows=1, columns=1, **options):
+    """A figure of so many inches and its axes, in the end written to path; matplotlib stays as it was."""
+    from matplotlib import figure, font_manager, rc_context
+    from matplotlib.backends import backend_agg
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with plt.rc_context(plain | {"font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9}):
-        fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
-        try:
-            yield fig, axes
-            fig.savefig(path, dpi=150)
-        finally:
-            plt.close(fig)
+    fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
+    with rc_context(LOOK | {"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph")
+        fig = backend_agg.FigureCanvasAgg(figure.Figure((width, height), layout="constrained")).figure
+        yield fig, fig.subplots(rows, columns, **options)
+        fig.savefig(path, dpi=150)
+    if caught:
+        say_once("note: no installed font has all characters of the class names; Noto Sans CJK has most")
 
 
-BESIDE = dict(loc="center left", bbox_to_anchor=(1.01, 0.5))  # where a legend is in nobody's way
+def shown(name, length=24):
+    """A name for a picture: on one line, shortened in the middle, a "$" or a leading "_" doing no harm."""
+    name = " ".join(name.encode("utf-8", "replace").decode().split())
+    name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
+    return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
 
 
-def style(i: int) -> dict:
+def style(i):
     """Colour and marker of the i-th line."""
-    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
+    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
 
 
-def column(rows: list[dict], key: str) -> np.ndarray:
-    """A column of log.csv as numbers, NaN where there is none."""
-    return np.array([row[key] for row in rows], dtype=float)
+def plot(ax, rows, key, label, **look):
+    """A column of log.csv over the epochs, unless it is empty."""
+    points = [
+        (row["epoch"], row[key]) for row in rows if row.get(key) is not None and not math.isnan(row[key])
+    ]
+    if points:
+        ax.plot(*zip(*points, strict=True), label=label, markersize=3, **look)
 
 
-def whole_numbers(ax) -> None:
-    """Only whole numbers along the x axis: epochs have no fractions."""
-    ax.xaxis.get_major_locator().set_params(integer=True)
-
-
-def shade_stages(ax, x: Sequence[float], names: Sequence[str], named: bool) -> None:
-    """Tint the background by stage and, if `named`, write the stage's name along the top, at two heights in turn."""
-    starts = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
-    half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
-    for n, i in enumerate(starts):
-        left = x[i] - half
-        right = x[starts[n + 1]] - half if n + 1 < len(starts) else x[-1] + half
-        ax.axvspan(left, right, color=STAGE_SHADES[n % len(STAGE_SHADES)], zorder=0, linewidth=0)
-        if named:
-            place = ((left + right) / 2, 1.01 + 0.04 * (n % 2))
-            ax.text(*place, names[i], transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9)
-    ax.set_xlim(x[0] - half, x[-1] + half)
-
-
-def draw_curves(rows: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
-    """The run over its epochs: accuracy by class, losses, labels and pseudo-labels. rows: those of log.csv."""
-    x, met = column(rows, "epoch"), column(rows, "classes")
-    with figure(path, 9, 9.5, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
-        for c, name in enumerate(classes if len(classes) <= len(COLOURS) else []):
-            y = np.where((c < met) & ~np.isnan(column(rows, "accuracy")), column(rows, f"accuracy_{name}"), np.nan)
-            late = dict(label=name) if c < known else dict(label=f"{name} (late)", linestyle="--")
-            axes[0].plot(x, y, linewidth=1.1, alpha=0.9, markevery=(c % 4, 4), markersize=4, **style(c), **late)
-        axes[0].plot(x, column(rows, "accuracy"), color="black", linewidth=2.5, label="all, also\nthose to come")
-        axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02))
-        for i, term in enumerate(key for key in rows[0] if key.startswith("loss_")):
-            if not np.isnan(y := column(rows, term)).all():
-                axes[1].plot(x, y, label=term.removeprefix("loss_"), markersize=3, **style(i))
+def draw_curves(rows, classes, path):
+    """The run over its epochs: accuracy by class, losses, labels, what is unknown. rows: of log.csv."""
+    known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
+    starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+    shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
+    shares |= dict(
+        pseudo_coverage="pseudo-labels sure (> 0.8)", open_accuracy="right, unknown\nbeing an answer"
+    )
+    shares |= dict(novelty_auroc="AUROC of the claim,\nnameless or named")
+    some = dict(old_accuracy=f"the first {known} classes", new_accuracy="the late classes")
+    each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
+    with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
+        for ax, columns in zip(
+            axes, (some if many else each, {f"loss_{t}": t for t in TERMS}, shares), strict=True
+        ):
+            for i, (key, label) in enumerate(columns.items()):
+                there = [row for row in rows if columns is not each or i < row["classes"]]
+                plot(ax, there, key, label, markevery=(i % 4, 4), **style(i))
+            if ax is axes[0]:
+                plot(ax, rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5)
+            for n, (left, right) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True)):
+                ax.axvspan(left + 0.5, right + 0.5, color=SHADES[n % len(SHADES)], zorder=0, linewidth=0)
+                text = names[left] * (ax is axes[0])
+                ax.text((left + right + 1) / 2, 1.045 + 0.045 * (n % 2), text, fontsize=9, **CENTRE)
+            ax.legend(**BESIDE) if ax.lines else None
+        axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02), xlim=(0.5, len(rows) + 0.5))
         axes[1].set(ylabel="loss, unweighted", yscale="log")
-        axes[2].plot(x, column(rows, "labelled"), color="black", linewidth=2, label="images with a known label")
-        told = {"pseudo_accuracy": "pseudo-labels right", "pseudo_coverage": "pseudo-labels with confidence > 0.8"}
-        for i, (key, label) in enumerate(told.items()):
-            if not np.isnan(y := column(rows, key)).all():
-                axes[2].plot(x, y, label=label, markersize=3, **style(i))
         axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
-        for ax in axes:
-            ax.legend(**BESIDE)
-            shade_stages(ax, x, [row["stage"] for row in rows], named=ax is axes[0])
-        whole_numbers(axes[0])
+        axes[2].xaxis.get_major_locator().set_params(integer=True)
 
 
-def unit_lives(rows: list[dict], events: list[dict], classes: Sequence[str]) -> list[list[tuple[int, int | None, dict | None]]]:
-    """Of each unit: from which epoch on it was whose (a class, None: it had no name, -1: nobody's), and the event that made it so."""
-    first_label = next((row["epoch"] for row in rows if row["labels"]), rows[-1]["epoch"] + 1)
-    lives = [[(first_label, c, None)] for c in range(rows[0]["units"])]
-    nameless = {"opened": None, "released": -1}
-    for event in (event for event in events if event["unit"] is not None):
-        lives += [[] for _ in range(event["unit"] + 1 - len(lives))]
-        owner = nameless[event["event"]] if event["event"] in nameless else classes.index(event["class"])
-        lives[event["unit"]].append((event["epoch"], owner, event))
-    return lives
-
-
-def draw_life(rows: list[dict], events: list[dict], classes: Sequence[str], known: int, path: str | Path) -> None:
-    """The life of the head: which unit stands for what in each epoch, and how well the late classes and the unknown are told.
-
-    rows: those of log.csv; events: those of events.csv. A hatched bar is a unit that has no name yet.
-    """
-    x, last, lives = column(rows, "epoch"), rows[-1]["epoch"], unit_lives(rows, events, classes)
-    shown = [u for u, life in enumerate(lives) if len(lives) <= 25 or life[-1][2]]  # of a large head those that something happened to
-    hatched = dict(facecolor="white", hatch="////", edgecolor="#777777")
-    box = dict(facecolor="white", alpha=0.85, edgecolor="none", boxstyle="round,pad=0.1")
-    tall = 0.27 * len(shown)
-    with figure(path, 9, 3.6 + tall, 2, sharex=True, height_ratios=(1.2 + tall, 2.6)) as (fig, (above, below)):
-        for line, life in enumerate(lives[unit] for unit in shown):
-            for (start, owner, event), end in zip(life, [*(s for s, *_ in life[1:]), last + 1], strict=True):
-                if owner == -1 or end <= start:  # nobody's
+def draw_life(rows, events, classes, path):
+    """Which unit stands for what in each epoch; a hatched one has no name yet. Of many, those that change."""
+    units, end = rows[0]["units"], rows[-1]["epoch"] + 1
+    first = next((row["epoch"] for row in rows if row["labels"]), end)
+    told = sorted({event["unit"] for event in events} - {None} | set(range(units if units <= 25 else 0)))
+    with figure(path, 9, 1.6 + 0.27 * len(told)) as (_, ax):
+        for line, unit in enumerate(told):
+            life = [{"epoch": first, "event": "", "class": name} for name in classes[unit:units][:1]]
+            life += [event for event in events if event["unit"] == unit]
+            for event, after in zip(life, [*life[1:], {"epoch": end}], strict=True):
+                start, name = event["epoch"] - 0.5, event["class"]
+                if event["event"] in ("released", "merged"):
                     continue
-                bar = hatched if owner is None else dict(color=COLOURS[owner % len(COLOURS)])
-                above.barh(line, end - start, left=start - 0.5, height=0.7, **bar)
-                if owner is None:  # two short lines, for these bars are short
-                    text = f"{100 * event['purity']:.0f} %\n{event['class']}"
-                    place = dict(x=(start + end) / 2 - 0.5, ha="center", fontsize=7, linespacing=0.95)
+                if event["event"] in ("opened", "split"):
+                    pure = "" if event["purity"] is None else f" {100 * event['purity']:.0f} %"
+                    look, text = dict(fc="white", hatch="////", ec="#777777"), shown(name or "?", 12) + pure
                 else:
-                    text, place = classes[owner], dict(x=start - 0.2, ha="left", fontsize=8)
-                above.text(y=line, s=text, va="center", bbox=box, **place)
-        arrival = {e["class"]: e["epoch"] for e in events if e["event"] == "arrived"}
-        for epoch in (epochs := sorted(set(arrival.values()))):
-            above.axvline(epoch - 0.5, color="black", linewidth=0.8, linestyle=":")
-            names = [name for name, when in arrival.items() if when == epoch]
-            text = f"{names[0]}\narrives" if len(names) == 1 else f"{len(names)}\narrive"
-            if len(epochs) <= 10:
-                above.text(epoch - 0.5, len(shown) - 0.3, text, ha="center", va="bottom", fontsize=8)
-        if any(event["event"] == "opened" for event in events):
-            above.barh(0, 0, label="opened for what has no name, and what it truly is", **hatched)
-        above.set(ylabel="unit", ylim=(-0.6, len(shown) - 0.4))
-        above.set_yticks(range(len(shown)), shown)
-        for c in range(known, min(len(classes), known + 6)):
-            y = np.where(x >= arrival.get(classes[c], 1), column(rows, f"accuracy_{classes[c]}"), np.nan)
-            below.plot(x, y, markevery=(c % 3, 3), markersize=4, label=f"accuracy, {classes[c]}", **style(c))
-        if len(classes) > known + 6:
-            label = f"accuracy, all {len(classes) - known} late classes"
-            below.plot(x, column(rows, "new_accuracy"), color="black", label=label)
-        below.plot(x, column(rows, "open_accuracy"), color="#777777", linewidth=3, label="accuracy, unknown being an answer")
-        below.plot(x, column(rows, "novelty_auroc"), color="black", linestyle="--", label="AUROC, nameless against named")
-        below.set(xlabel="epoch", ylim=(-0.02, 1.02), ylabel="test images", xlim=(0.5, last + 0.5))
-        handles, labels = (a + b for a, b in zip(*(ax.get_legend_handles_labels() for ax in (above, below)), strict=True))
-        fig.legend(handles, labels, loc="outside lower center", ncol=2)
-        whole_numbers(below)
+                    look, text = dict(color=style(classes.index(name))["color"]), shown(name)
+                if after["epoch"] > event["epoch"]:
+                    ax.barh(line, after["epoch"] - event["epoch"], left=start, height=0.7, **look)
+                    ax.text(start + 0.2, line, text, va="center", fontsize=7, bbox=BOX)
+        arrivals = [event for event in events if event["event"] == "arrived"]
+        for event in arrivals:
+            ax.axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
+            text = f"{shown(event['class'], 12)}\narrives" * (len(arrivals) <= 5)
+            ax.text(event["epoch"] - 0.5, len(told), text, fontsize=8, **CENTRE)
+        ax.set(xlabel="epoch (hatched: opened for what has no name, and what it truly is)", ylabel="unit")
+        ax.set(xlim=(0.5, end - 0.5), ylim=(-0.6, len(told) - 0.4), yticks=range(len(told)), yticklabels=told)
+        ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_curricula(schedules: dict[str, list], path: str | Path) -> None:
-    """Schedules side by side: {name: the Stage of every epoch}. Classes and labels as shares, the mix as weights."""
-    columns = min(3, len(schedules))
-    lines, total = -(-len(schedules) // columns), max(stage.classes for stages in schedules.values() for stage in stages)
-    with figure(path, max(8, 4.3 * columns), 0.8 + 3.1 * lines, lines, columns, squeeze=False) as (fig, axes):
+def draw_curricula(schedules, path):
+    """Schedules side by side, {name: the Stage of every epoch}: classes and labels as shares, the mix as weights."""
+    across, total = min(3, len(schedules)), max(s.classes for stages in schedules.values() for s in stages)
+    down = -(-len(schedules) // across)
+    with figure(path, 4.3 * across, 0.8 + 3.1 * down, down, across, squeeze=False) as (fig, axes):
         for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
             x = np.linspace(0, 1, len(stages))
-            ax.fill_between(x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen")
-            ax.fill_between(x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named")
-            ax.plot(x, [s.label_fraction for s in stages], color="black", linewidth=2, label="labels, of a class")
-            for i, term in enumerate(stages[0].mix):
-                ax.plot(x, [s.mix[term] for s in stages], markevery=0.12, markersize=4, label=term, **style(i))
+            ax.fill_between(
+                x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen"
+            )
+            ax.fill_between(
+                x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named"
+            )
+            ax.plot(x, [s.label_fraction for s in stages], "black", linewidth=2, label="labels, of a class")
             ax.plot(x, [s.sparsity for s in stages], color="#777777", linestyle=":", label="sparsity")
+            for i, term in enumerate(TERMS):
+                ax.plot(
+                    x, [s.mix[term] for s in stages], markevery=0.12, markersize=4, label=term, **style(i)
+                )
             ax.set(title=name, xlabel="progress", xlim=(0, 1), ylim=(-0.03, 1.08))
-        for ax in axes.flat[len(schedules) :]:
-            ax.set_axis_off()
-        fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2 + across // 2)
 
 
-METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+@measured
+def project(h: Tensor, method="tsne") -> np.ndarray:
+    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap" (ValueError if it is not installed)."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
 
-
-def project(h: Tensor, method: str = "tsne", rounds: int = 1000) -> np.ndarray:
-    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap". Raises ValueError if umap-learn is not installed."""
-    unit = F.normalize(h.float(), dim=1).cpu().numpy()
+    unit = F.normalize(h, dim=1).cpu().numpy()
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if (unit == unit[0]).all():
-        return np.zeros((len(unit), 2))  # a network that has collapsed: there is nothing to project
+        return np.zeros((len(unit), 2))  # a collapsed network: there is nothing to project
     if method == "umap":
         try:
             from umap import UMAP
         except ImportError:
-            raise ValueError("--embedding umap needs umap-learn: pip install umap-learn, or use --embedding tsne") from None
+            raise ValueError("--embedding umap: pip install umap-learn, or use --embedding tsne") from None
         return UMAP(random_state=0).fit_transform(unit)
-    if method == "tsne":
-        from sklearn.manifold import TSNE
-
-        return TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", max_iter=rounds, random_state=0).fit_transform(unit)
-    from sklearn.decomposition import PCA
-
-    return PCA(2, random_state=0).fit_transform(unit)
+    tsne = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
+    return (tsne if method == "tsne" else PCA(2, random_state=0)).fit_transform(unit)
 
 
-def scatter(ax, points: np.ndarray, y: np.ndarray, classes: Sequence[str], known: int, size: float, seen: int | None = None) -> None:
-    """Points [N,2] of classes y [N], one colour and marker a class; late ones have an outline, those not `seen` yet are grey."""
-    for c, name in enumerate(classes):
-        met = seen is None or c < seen
-        colour = COLOURS[c % len(COLOURS)] if met else "#D5D5D5"
-        edge = dict(edgecolors="black" if met else "#AAAAAA", linewidths=0.5) if c >= known else dict(linewidths=0)
-        marker = MARKERS[(c + c // len(COLOURS)) % len(MARKERS)]
-        label = f"{name} (late)" if c >= known else name
-        ax.scatter(*points[y == c].T, s=size, color=colour, marker=marker, alpha=0.8, label=label, **edge)
-    ax.set(xticks=[], yticks=[])
+def draw_story(looks, classes, path, method="tsne"):
+    """The same test images in the course of training, a panel for each look; a single one shows names.
 
-
-def draw_embedding(
-    h: Tensor, y: Tensor, classes: Sequence[str], path: str | Path, method: str = "tsne", known: int | None = None, sample: int = 2000
-) -> None:
-    """A random sample of the embeddings in two dimensions, one colour and marker a class; late classes have an outline."""
-    chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(y))[:sample])
-    points, y = project(h[chosen.to(h.device)], method), y.cpu()[chosen].numpy()
-    with figure(path, 8, 6.2) as (_, ax):
-        scatter(ax, points, y, classes, len(classes) if known is None else known, 20)
-        if len(classes) <= 20:
-            for c in np.unique(y):
-                box = dict(facecolor="white", alpha=0.75, edgecolor="none", boxstyle="round,pad=0.15")
-                centre = np.median(points[y == c], 0)
-                ax.text(*centre, classes[c], ha="center", va="center", fontsize=10, fontweight="bold", bbox=box)
-            ax.legend(**BESIDE)
-        ax.set(title=f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})")
-
-
-def draw_story(looks: list[dict], classes: Sequence[str], known: int, path: str | Path, method: str = "tsne") -> None:
-    """The same test images in the course of training, a panel for every look.
-
-    looks: {"name": of the stage, "epoch": epochs done, "classes": those met so far, "h" [N,D], "y" int64 [N]} each.
+    A look: {"name": of the stage, "epoch": done, "classes": seen so far, "h": [N,D], "y": int64 [N]}. Late
+    classes have an outline, and are grey until they are seen.
     """
-    y = looks[-1]["y"].numpy()
-    with figure(path, 3.1 * len(looks), 3.9, 1, len(looks), squeeze=False) as (fig, axes):
-        for ax, then in zip(axes[0], looks, strict=True):
-            scatter(ax, project(then["h"], method, rounds=500), y, classes, known, 12, then["classes"])
-            ax.set_title(then["name"] + (f", epoch {then['epoch']}" if then["epoch"] else ""))
-        if len(classes) <= 20:
-            below = dict(loc="outside lower center", ncol=min(len(classes), 10), handletextpad=0.1, columnspacing=1.6, markerscale=1.8)
-            fig.legend(*axes[0, -1].get_legend_handles_labels(), fontsize=10, **below)
-        fig.suptitle(f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]}); grey: classes not met yet", fontsize=11)
-
-
-def draw_confusion(predicted: Tensor, y: Tensor, classes: Sequence[str], path: str | Path) -> None:
-    """Which class is taken for which: rows are true, columns predicted, in the order of arrival; per cent of the row."""
-    n = len(classes)
-    table = torch.zeros(n, n).index_put_((y.cpu(), predicted.cpu()), torch.ones(len(y)), accumulate=True).numpy()
-    share = 100 * table / table.sum(1, keepdims=True).clip(min=1)
-    size = max(5.5, 0.55 * n) if n <= 20 else 8
-    with figure(path, size + 1, size) as (fig, ax):
-        image = ax.imshow(share, cmap="cividis", vmin=0, vmax=100)
-        fig.colorbar(image, ax=ax, shrink=0.8, label="% of the true class")
+    known, n, single = looks[0].get("known", looks[0]["classes"]), len(classes), len(looks) == 1
+    size = (8 + 3 * (n > 20), 7 + 4 * (n > 20)) if single else (3.1 * len(looks), 4.2)
+    with figure(path, *size, 1, len(looks), squeeze=False) as (fig, axes):
+        for ax, look in zip(axes[0], looks, strict=True):
+            points, y, seen = project(look["h"], method), look["y"].cpu().numpy(), look["classes"]
+            for c, name in enumerate(classes):
+                mark = (
+                    style(c) | dict(linewidth=0.5, edgecolor="black")
+                    if c >= known
+                    else style(c) | dict(linewidth=0)
+                )
+                mark |= dict(color="#D5D5D5", edgecolor="#AAAAAA") if c >= seen else {}
+                label = shown(name) + (" (late)" if c < seen else " (not seen)") * (c >= known)
+                ax.scatter(*points[y == c].T, s=14, alpha=0.8, label=label, **mark)
+                if single and (y == c).any():
+                    font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
+                    ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
+            ax.set(
+                xticks=[], yticks=[], title=look["name"] + f", epoch {look['epoch']}" * (look["epoch"] > 0)
+            )
         if n <= 20:
-            for (i, j), value in np.ndenumerate(share):
-                if value >= 0.5:
-                    ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=9)
-            ax.set_xticks(range(n), classes, rotation=45, ha="right")
-            ax.set_yticks(range(n), classes)
-        right = 100 * np.trace(table) / max(table.sum(), 1)
-        ax.set(xlabel="predicted", ylabel="true", title=f"Test images: {right:.1f} % right")
+            handles, labels = axes[0, -1].get_legend_handles_labels()
+            across = min(10, max(1, int(size[0] / (0.5 + 0.08 * max(map(len, labels))))))
+            fig.legend(handles, labels, ncol=across, loc="outside lower center")
+        title = f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})"
+        title += "; grey: classes not seen yet" * (looks[0]["classes"] < n)
+        fig.suptitle(textwrap.fill(title, int(12 * size[0])), fontsize=11)
 
 
-# ---- one run, and several -------------------------------------------------------------------------------------------
+def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
+    """2,000 embeddings h [N,D] of classes y [N]; known, seen: classes at the start, the end (None: all)."""
+    chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
+    look = {
+        "name": "",
+        "epoch": 0,
+        "classes": n if seen is None else seen,
+        "known": n if known is None else known,
+    }
+    draw_story([look | {"h": h[chosen], "y": y[chosen]}], classes, path, method)
 
-FIGURES = {  # of a run's summary: name in a comparison (None: not there), factor, digits, and what it is
-    "accuracy": ("accuracy", 100, 1, "of the head, all classes"),
-    "old_accuracy": ("old", 100, 1, "of the head, the {known} classes known at the start"),
-    "new_accuracy": ("new", 100, 1, "of the head, the late classes"),
-    "first_sight": ("first sight", 100, 1, "late classes at the moment of their first labels, before any gradient step"),
-    "first_sight_5": (None, 100, 1, "what a unit made of five labels would recognise then, heeding the other classes"),
-    "probe": ("probe", 100, 1, "linear probe on the frozen encoder, all labels"),
-    "probe_leaked": ("probe leaked", 100, 1, "linear probe, the label budget only"),
-    "knn": ("kNN", 100, 1, "20 nearest neighbours, all labels"),
-    "forgetting": ("forgetting", 100, 1, "best accuracy so far minus accuracy now, mean over the old classes"),
-    "ari": ("ARI", 1, 3, "adjusted Rand index of k-means clusters and classes, test images"),
-    "nmi": ("NMI", 1, 3, "normalised mutual information of the same"),
-    "silhouette": ("silhouette", 1, 3, "silhouette of the clusters"),
-    "novelty_auroc": ("novelty", 1, 3, "how well classes without a name are told from named ones, before any label"),
-    "sparsity": ("sparsity", 100, 1, "of the encoder's weights are zero"),
-    "labels_used": (None, 1, 0, "of {images:,}"),
-    "label_epochs": ("label-epochs", 1, 0, "labels at hand, summed over the epochs"),
-    "images_per_second": ("images/s", 1, 0, "each in two views"),
-    "seconds": ("minutes", 1 / 60, 1, ""),
+
+@measured
+def draw_confusion(predicted, y, classes, path):
+    """Which class is taken for which: true ones in rows, predicted ones in columns; per cent of the row."""
+    n, names = len(classes), [shown(name, 20) for name in classes]
+    table = (
+        torch.zeros(n, n).index_put_((y.cpu(), predicted.cpu()), torch.ones(len(y)), accumulate=True).numpy()
+    )
+    share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))
+    with figure(path, size + 1, size) as (fig, ax):
+        fig.colorbar(ax.imshow(share, "cividis", vmin=0, vmax=100), shrink=0.8, label="% of the true class")
+        for i, j in zip(*np.nonzero(share >= 0.5), strict=True) if n <= 20 else ():
+            ax.text(j, i, f"{share[i, j]:.0f}", color="black" if share[i, j] > 55 else "white", **CENTRE)
+        font = dict(fontsize=max(3, min(9, 500 / n)))
+        ax.set_xticks(range(n), names, rotation=90, **font)
+        ax.set_yticks(range(n), names, **font)
+        right = f"{len(y):,} test images: {100 * table.trace() / len(y):.1f} % right"
+        ax.set(xlabel="predicted", ylabel="true", title=right)
+
+
+def contact_sheet(path, rows, title):
+    """Rows of images: (label to the left, uint8 [n,3,H,W]), or also n captions to stand below them."""
+    rows = [(*row, ())[:3] for row in rows] or [("none", torch.zeros(0, 3, 1, 1), ())]
+    cell, tall = (0.85, 1.42) if any(row[2] for row in rows) else (0.45, 1.06)  # inches; in cells
+    labels, across = [row[0] for row in rows], max(6, *(len(row[1]) for row in rows))
+    margin = 0.4 + 0.085 * max(len(line) for label in labels for line in label.split("\n"))
+    with figure(path, margin + cell * across, 0.7 + cell * tall * len(rows)) as (_, ax):
+        for top, (_, images, captions) in zip(np.arange(len(rows)) * tall, rows, strict=True):
+            for j, image in enumerate(images.cpu()):
+                image = F.adaptive_avg_pool2d(image.float(), min(image.shape[-1], 64)).round().byte()
+                ax.imshow(image.permute(1, 2, 0).numpy(), extent=(j, j + 0.95, top + 0.95, top))
+            for j, caption in enumerate(captions):
+                ax.text(j + 0.475, top + 0.98, caption, ha="center", va="top", fontsize=7, linespacing=1)
+        ax.set(xlim=(0, across), ylim=(tall * len(rows), -0.05), xticks=[], aspect="equal", title=title)
+        ax.set_yticks(np.arange(len(rows)) * tall + 0.475, labels, fontsize=9)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+
+
+def in_lines(label, images, captions):
+    """Captioned images [n,3,H,W] as rows of a contact sheet."""
+    return [(label * (i == 0), images[i : i + 12], captions[i : i + 12]) for i in range(0, len(images), 12)]
+
+
+@measured
+def mistake_rows(x, predicted, confidence, y, classes):
+    """The 48 surest mistakes among images x [N,3,H,W] of classes y [N], for a contact sheet."""
+    order = confidence.argsort(descending=True)
+    wrong = order[(predicted != y)[order]][:48]
+    told = zip(*(values[wrong].tolist() for values in (predicted, confidence, y)), strict=True)
+    captions = [
+        f"{shown(classes[p], 12)} {100 * sure:.0f} %\nis {shown(classes[c], 12)}" for p, sure, c in told
+    ]
+    return in_lines("surest\nfirst", x[wrong], captions)
+
+
+@measured
+def concept_rows(x, h, unit, unknown, names):
+    """Rows for a contact sheet: units without a name, the unknown, named units; nearest to the centre first.
+
+    x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of all units, or None.
+    """
+    groups, rows = (
+        {f"unit {u}": unit == u for u, name in enumerate(names) if name is None and (unit == u).any()},
+        [],
+    )
+    groups |= {"unknown": unknown}
+    groups |= {f"{shown(name)} (unit {u})": unit == u for u, name in enumerate(names) if name is not None}
+    for label, among in groups.items():
+        inside = among.nonzero()[:, 0]
+        near = F.normalize(h[inside].float(), dim=1)
+        near = inside[(near @ near.sum(0)).argsort(descending=True)[:20]]
+        rows.append((f"{label}\n{len(inside):,} images", x[near]))
+    return rows
+
+
+# ---- runs side by side ----
+
+NEEDED = {"curriculum", "seed", "class_order", "label_budget"}
+APART = {
+    "seed",
+    "class_order",
+    "out",
+    "resume",
+    "data_dir",
+    "device",
+    "embedding",
+    "versions",
+    "commit",
+    "machine",
 }
-COLUMNS = {key: (name, factor, digits) for key, (name, factor, digits, _) in FIGURES.items() if name}
 
 
-def describe(summary: dict, images: int, known: int) -> str:
-    """The figures of one run as aligned text, each with what it is."""
-    lines = []
-    for key, (_, factor, digits, text) in FIGURES.items():
-        factor, digits = (1, 0) if key == "seconds" else (factor, digits)  # as it is called in summary.json
-        shown = "-" if summary[key] is None else f"{factor * summary[key]:,.{digits}f}" + " %" * (factor == 100)
-        lines.append(f"{key:18s}{shown:>8s}   {text.format(known=known, images=images)}".rstrip())
-    return "\n".join(lines)
+def read_runs(path):
+    """Settings and summary of the run in a folder, or of each row of a table; else ValueError."""
 
+    def value(cell):
+        try:
+            return json.loads(cell or "null")
+        except ValueError:
+            return cell
 
-NOT_SETTINGS = ("seed", "class_order", "out", "resume", "data_dir", "device", "embedding", "versions", "commit", "machine")
-
-
-def read_run(folder: str | Path) -> tuple[dict, dict]:
-    """args.json and summary.json of a finished run. Raises ValueError, in one line, if they are not there or not whole."""
     try:
-        args, summary = (json.loads((Path(folder) / name).read_text()) for name in ("args.json", "summary.json"))
-    except OSError as error:
-        raise ValueError(f"{folder}: not a finished run ({Path(error.filename).name} is not there)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}: damaged ({error})") from None
-    needed = {"curriculum", "seed", "class_order", "label_budget"}
-    if not (isinstance(args, dict) and isinstance(summary, dict) and needed <= args.keys() and "labels_used" in summary):
-        raise ValueError(f"{folder}: not a run (args.json or summary.json holds something else)")
-    return args, summary
+        if (path := Path(path)).suffix == ".csv":
+            rows = csv.DictReader(path.read_text("utf-8-sig").splitlines())
+            rows = [{str(k): value(v) for k, v in row.items()} for row in rows]
+            runs = [({k[5:]: v for k, v in row.items() if k[:5] == "args."} or row, row) for row in rows]
+        else:
+            runs = [tuple(json.loads((path / n).read_text("utf-8")) for n in ("args.json", "summary.json"))]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a finished run ({' '.join(str(error).split())})") from None
+    if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
+        raise ValueError(f"{path}: not a run or table of runs ({', '.join(sorted(NEEDED))}, labels_used)")
+    return runs
 
 
-def runs_among(paths: Sequence[str | Path]) -> list[Path]:
-    """The run folders among paths, each once: files are passed over, and a folder of runs stands for the finished ones in it."""
+def write_runs(folders, path):
+    """A table with a row for each run: settings (args.*), commit, machine, figures of its summary."""
+    from train import data
+
+    rows = []
+    for args, summary in (run for folder in folders for run in read_runs(folder)):
+        row = {f"args.{k}": v for k, v in args.items() if k in NEEDED or k not in APART}
+        row |= {k: args.get(k) for k in ("commit", "machine")}
+        row |= {k: v for k, v in summary.items() if not isinstance(v, list | dict)}
+        rows.append({k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()})
+    data.write_csv(path, rows)
+    return f"{len(rows)} runs: {path}"
+
+
+def runs_among(paths):
+    """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones in it."""
     folders = []
-    for path in map(Path, paths):
-        inside = sorted(args.parent for args in path.glob("*/args.json")) if not (path / "args.json").exists() else []
+    for path in (Path(path).expanduser() for path in paths):
+        inside = (
+            [] if (path / "args.json").exists() else sorted(args.parent for args in path.glob("*/args.json"))
+        )
         for run in inside:
             if (run / "summary.json").exists():
                 folders.append(run)
             else:
-                print(f"{run}: not finished, left out", file=sys.stderr)
-        if not inside and not path.is_file():
+                say_once(f"{run}: not finished, left out")
+        if not inside and (path.suffix == ".csv" or not path.is_file()):
             folders.append(path)
     return list({folder.resolve(): folder for folder in folders}.values())
 
 
-def compare(folders: Sequence[str | Path]) -> dict[str, dict]:
-    """Group runs by their settings, seeds apart: {name: {"settings": ..., "runs": n, column: values [n], ...}}, in the order given.
+def compare(paths):
+    """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum, followed by the settings in which the groups differ; learning rate and label budget, which each
-    curriculum may have its own of, where those of one curriculum do. A figure that a run does not have is NaN.
-    "folders": those of the runs.
-    "again": runs of a group with the seed and class order of another one of it, which tell of other code rather than of chance.
+    The name is the curriculum and what differs; learning rate and label budget, which belong to the
+    curriculum, if they differ within one. "again": runs that repeat a seed and class order.
     """
-    groups: dict[str, list[tuple[dict, dict, Path]]] = {}
-    for folder in folders:
-        args, summary = read_run(folder)
-        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in NOT_SETTINGS})
-        groups.setdefault(key, []).append((args, summary, Path(folder)))
-    settings = [json.loads(key) for key in groups]
-    every = dict.fromkeys(k for s in settings for k in s if k != "curriculum")
-    result = {}
+    groups, result = {}, {}
+    for args, summary in (run for path in paths for run in read_runs(path)):
+        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in FIGURES})
+        groups.setdefault(key, []).append((args, summary))
+    settings = list(map(json.loads, groups))
     for setting, runs in zip(settings, groups.values(), strict=True):
-        alike = [s for s in settings if s["curriculum"] == setting["curriculum"]]
-        values_of = {k: {json.dumps(s[k]) for s in (alike if k in ("lr", "label_budget") else settings) if k in s} for k in every}
-        told = [k for k in every if len(values_of[k]) > 1 and json.dumps(setting.get(k)) not in ("null", "false", "[]")]
-        given = {k.replace("_", "-"): setting[k] for k in told}
-        name = " ".join([setting["curriculum"], *(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())])
-        name += f" ({len(result) + 1})" if name in result else ""  # differs in a setting that the others do not know
-        values = {c: np.array([s[c] if s.get(c) is not None else np.nan for _, s, _ in runs], dtype=float) for c in COLUMNS}
-        again = len(runs) - len({(args["seed"], args["class_order"]) for args, *_ in runs})
-        about = {"settings": setting, "runs": len(runs), "again": again, "folders": [folder for *_, folder in runs]}
-        result[name] = about | {"labels_used": runs[0][1]["labels_used"]} | values
+        name = curriculum = str(setting["curriculum"])
+        for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
+            alike = [s for s in settings if s["curriculum"] == curriculum or k not in ("lr", "label_budget")]
+            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
+            if len(values) > 1 and v not in ("null", "false", "[]"):
+                name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
+        name += (
+            f" ({len(result) + 1})" if name in result else ""
+        )  # differs in a setting that the others do not know
+        again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
+        figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
+        result[name] = {"runs": len(runs), "again": again} | figures
     return result
 
 
-def spread(values: np.ndarray) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for one value), without a warning for what is missing."""
+def spread(values):
+    """Mean and sample standard deviation of the numbers that are there, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
 
-def comparison_table(result: dict[str, dict]) -> str:
-    """The comparison as aligned text, mean ± std, in two blocks: accuracies, and then clusters, sparsity and what it took."""
-    width, lines = max(len(name) for name in result) + 2, []
-    for block in (list(COLUMNS)[:8], list(COLUMNS)[8:]):
-        lines.append("".join([f"{'':{width}}", f"{'runs':>4} {'labels':>7}", *(f"{COLUMNS[key][0]:>14}" for key in block)]))
-        for name, row in result.items():
-            cells = []
-            for key in block:
-                _, factor, digits = COLUMNS[key]
-                mean, std = spread(factor * row[key])
-                text = "-" if np.isnan(mean) else f"{mean:.{digits}f}"
-                cells.append(f"{text if np.isnan(std) else f'{text} ± {std:.{digits}f}':>14}")
-            lines.append("".join([f"{name:{width}}", f"{row['runs']:4d} {row['labels_used']:7d}", *cells]))
-        lines.append("")
-    return "\n".join(lines[:-1])
+def comparison_table(result):
+    """The comparison as aligned text, mean ± std: accuracies; clusters and cost; the open world."""
+    keys, width, lines = list(FIGURES), max(map(len, result)) + 2, []
+    for block in (keys[:8], keys[8:17], keys[17:]):
+        if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
+            lines += ["", f"{'':{width}}runs" + "".join(f"{FIGURES[key]:>14}" for key in block)]
+            for name, row in result.items():
+                cells = [[told(key, value) for value in spread(row[key])] for key in block]
+                cells = [mean + f" ± {std}" * (std != "-") for mean, std in cells]
+                lines.append(f"{name:{width}}{row['runs']:4d}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines[1:])
 
 
-def draw_comparison(result: dict[str, dict], path: str | Path) -> None:
-    """Bars with the standard deviation over runs, one panel for accuracies and one for clusters."""
-    panels = (
-        ("test accuracy, %", dict(accuracy="head", probe_leaked="probe, same labels", probe="probe, all labels", knn="kNN, all labels")),
-        ("clusters of the test embeddings", dict(ari="ARI", nmi="NMI")),
+def draw_comparison(result, path):
+    """Test accuracies as bars, with the standard deviation over runs."""
+    bars = dict(
+        accuracy="head", probe_leaked="probe, same labels", probe="probe, all labels", knn="kNN, all labels"
     )
-    with figure(path, 11, 1.6 + 0.62 * len(result), 1, 2, sharey=True, width_ratios=(3, 2)) as (_, axes):
-        for ax, (title, columns) in zip(axes, panels, strict=True):
-            height = 0.8 / len(columns)
-            for i, (key, label) in enumerate(columns.items()):
-                _, factor, digits = COLUMNS[key]
-                mean, std = np.array([spread(factor * row[key]) for row in result.values()]).T
-                y = np.arange(len(result)) + (i - (len(columns) - 1) / 2) * height
-                ax.barh(y, np.nan_to_num(mean), height * 0.92, xerr=np.nan_to_num(std), color=COLOURS[i], label=label)
-                for place, m, s in zip(y, mean, np.nan_to_num(std), strict=True):
-                    if not np.isnan(m):
-                        ax.text(m + s + 0.01 * factor, place, f"{m:.{min(digits, 2)}f}", va="center", fontsize=8)
-            ax.set(title=title, xlim=(0, 1.08 * factor))
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=4)
-        names = [f"{name}\n{row['labels_used']:,} labels, {row['runs']} run{'s' * (row['runs'] > 1)}" for name, row in result.items()]
-        axes[0].set_yticks(range(len(result)), names)
-        axes[0].invert_yaxis()
-
-
-def draw_progress(result: dict[str, dict], path: str | Path) -> bool:
-    """Accuracy of the head over the epochs, a line a run and a colour a group; False if no run trains a head or has its log.csv."""
-    lines: dict[str, list] = {}  # of each group
-    for name, row in result.items():
-        for log in (folder / "log.csv" for folder in row["folders"]):
-            rows = csv.DictReader(log.read_text().splitlines()) if log.exists() else ()
-            points = [(int(r["epoch"]), 100 * float(r["accuracy"])) for r in rows if r["accuracy"]]
-            if points:
-                lines.setdefault(name, []).append(list(zip(*points, strict=True)))
-    if not lines:
-        return False
-    with figure(path, 9.5, 4.6) as (_, ax):
-        for i, (name, runs) in enumerate(lines.items()):
-            for j, (x, y) in enumerate(runs):
-                ax.plot(x, y, markevery=max(1, len(x) // 10), markersize=4, linewidth=1.3, label=None if j else name, **style(i))
-        ax.set(xlabel="epoch", ylabel="test accuracy of the head, all classes, %")
-        whole_numbers(ax)
-        ax.grid(alpha=0.25)
+    with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
+        for i, (key, label) in enumerate(bars.items()):
+            mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
+            look = dict(xerr=std, color=COLOURS[i], label=label)
+            drawn = ax.barh(np.arange(len(result)) + 0.2 * i - 0.3, mean, 0.18, **look)
+            ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
+        names = [f"{shown(name, 60)}\nruns: {row['runs']}" for name, row in result.items()]
+        ax.set_yticks(range(len(result)), names)
+        ax.set(xlabel="test accuracy, %", xlim=(0, 108))
+        ax.invert_yaxis()
         ax.legend(**BESIDE)
-    return True
 
 
-def draw_budgets(result: dict[str, dict], path: str | Path) -> bool:
-    """Accuracy against the share of labels, a line for all that differs in nothing else; False if all have the same share.
-
-    Of the head, or, where no label is learned, of a linear probe on the labels of the budget and on all.
-    """
-    lines: dict[str, dict[float, tuple[float, float]]] = {}  # percent of the labels -> mean and standard deviation
-    for name, row in result.items():
-        budget, curriculum = row["settings"]["label_budget"], row["settings"]["curriculum"]
-        line = name.replace(f" label-budget={budget}", "")
-        if np.isnan(row["accuracy"]).all():
-            points = {budget: "probe_leaked", 1.0: "probe"}
-            line += ", then a probe"
-        else:
-            points = {1.0 if curriculum == "supervised" else budget: "accuracy"}
-        found = {100 * share: spread(100 * row[column]) for share, column in points.items() if share}
-        lines.setdefault(line, {}).update({x: point for x, point in found.items() if not np.isnan(point[0])})
-    ticks = sorted({x for points in lines.values() for x in points})
-    if len(ticks) < 2:
-        return False
-    with figure(path, 6.5, 4.2) as (_, ax):
-        for i, (line, points) in enumerate(lines.items()):
-            x, mean, std = np.array([(x, *points[x]) for x in sorted(points)]).reshape(-1, 3).T
-            ax.errorbar(x, mean, np.nan_to_num(std), label=line, capsize=3, **style(i))
-            one = np.isnan(std)
-            ax.plot(x[one], mean[one], linestyle="", markerfacecolor="white", zorder=3, **style(i))
-        ax.set(xscale="log", xlabel="labelled images, % of each class (hollow: one run)", ylabel="test accuracy, %")
-        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        ax.minorticks_off()
-        ax.grid(alpha=0.25)
-        ax.legend()
-    return True
+# ---- the command line ----
 
 
-COMPANIONS = {"progress.png": draw_progress, "budgets.png": draw_budgets}  # the figures that come with a comparison
+def open_network(run):
+    """The network of a run folder, or of a file that `--compact` wrote."""
+    from train import model
+
+    return model.load(run / "checkpoint.pt" if run.is_dir() else run)
 
 
-def write_compact(folder: str | Path, path: str | Path, rounds: int = 7) -> str:
-    """Write the network of a run without its dead filters, for `model.load`; what became of it, in one line.
+def write_compact(run, path):
+    """Write a run's network without its dead filters; compare outputs and times on 512 images of noise."""
+    from train import data, model
 
-    The outputs are compared and timed on 512 images of noise, in float32. Raises ValueError, in one line, if it cannot be done.
-    """
-    import model
-
-    try:
-        whole = model.load(Path(folder) / "checkpoint.pt")
-    except Exception as error:
-        raise ValueError(f"{folder}: no checkpoint.pt that can be read ({type(error).__name__})") from None
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{path}: its folder is not there")
-    small = model.compact(whole)
-    x = torch.rand(512, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    apart = max(float((embed(whole, x, part) - embed(small, x, part)).abs().max()) for part in ("h", "z", "logits"))
-    ratios = []
-    for _ in range(rounds):
-        times = []
-        for network in (whole, small):
-            began = time.perf_counter()
-            embed(network, x)
-            times.append(time.perf_counter() - began)
-        ratios.append(times[0] / times[1])
-    content = io.BytesIO()
-    torch.save(model.pack(small), content)
-    Path(path).write_bytes(content.getvalue())  # OSError if it cannot be, where torch.save has errors of its own
-    size = [sum(p.numel() for p in network.encoder.parameters()) for network in (whole, small)]
-    return (
-        f"{path}: {size[1]:,} of {size[0]:,} weights in the encoder; outputs apart by at most {apart:.1e}; "
-        f"{sorted(ratios)[rounds // 2]:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
+    whole = open_network(run)
+    small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
+    data.write_atomically(path, data.torch_bytes(model.pack(small)))
+    apart = max(
+        float((embed(whole, x, part) - embed(small, x, part)).abs().max()) for part in ("h", "z", "logits")
     )
+    old, new = (min(timeit.repeat(lambda n=n: embed(n, x), number=1, repeat=7)) for n in (whole, small))
+    size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
+    told = f"{path}: {left:,} of {size:,} weights in the encoder, {old / new:.2f} times as fast"
+    return f"{told}; outputs apart by at most {apart:.1e}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare the runs named on the command line."""
-    parser = argparse.ArgumentParser(description="Compare finished runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders of them")
-    parser.add_argument("--compact", metavar="FILE", help="write the network of one run to FILE, without its dead filters")
-    parser.add_argument("--out", default="comparison.png", help="where the figure goes (default: comparison.png)")
+def predict(run, paths, table):
+    """Answer for images and folders of them: a row each in `table`, a picture beside it; the counts."""
+    from tqdm import trange
+
+    from train import data
+
+    network, files = open_network(run), data.find_images(paths)
+    if not files:
+        raise ValueError(f"{paths[0]}: no images there")
+    rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
+    for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
+        images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
+        said, notes = answers(network, images), notes | dict.fromkeys(told)
+        columns = (said["answer"], *(said[key].tolist() for key in keys[1:]))
+        for file, error, *values in zip(files[i : i + 2048], errors, *columns, strict=True):
+            values = dict.fromkeys(keys) if error else dict(zip(keys, values, strict=True))
+            rows.append({"file": str(file)} | values | {"error": error})
+    data.write_csv(table, rows)
+    drawn = attempt(draw_predictions, table.with_suffix(".png"), files, rows, network.image_size)
+    counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
+    lines = [
+        *notes,
+        *(f"{count:8,d}  {answer}" for answer, count in counts),
+        f"{len(rows):,} images: {table}",
+    ]
+    return "\n".join(lines) + f", {table.with_suffix('.png')}" * drawn
+
+
+def draw_predictions(path, files, rows, size):
+    """Contact sheets of the surest and the least sure answers, and of what is unknown."""
+    from train import data
+
+    good = sorted((i for i, row in enumerate(rows) if not row["error"]), key=lambda i: -rows[i]["confidence"])
+    told = [i for i in good if rows[i]["answer"] != "unknown"]
+    odd, sheet = sorted({*good} - {*told}, key=lambda i: rows[i]["claim"]), []
+    for name, chosen in (("surest", told[:24]), ("least\nsure", told[24:][:-25:-1]), ("unknown", odd[:24])):
+        captions = [f"{shown(rows[i]['answer'], 14)}\n{100 * rows[i]['confidence']:.0f} %" for i in chosen]
+        sheet += in_lines(name, data.read_images([files[i] for i in chosen], size)[0], captions)
+    contact_sheet(path, sheet, f"{len(rows):,} images, {len(odd):,} of them unknown")
+
+
+def name_units(run, pairs):
+    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint.
+
+    The name of a class joins the unit to it. They may be named anew; a class with labels keeps unit and name.
+    """
+    from train import VERSION, data
+
+    path, lines = run / "checkpoint.pt", []
+    checkpoint = data.read_checkpoint(path, VERSION)
+    names, owners = checkpoint["names"], list(checkpoint["units"]["owner"])
+    found = [unit for unit, owner in enumerate(owners) if owner == -1]
+    for pair in pairs:
+        parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*?)\s*", pair)
+        if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
+            raise ValueError(
+                f"--name {pair}: write UNIT=NAME, such as 8=wolf; 'unknown' and 'unit N' are no names"
+            )
+        unit, name = int(parts[1]), parts[2]
+        if unit not in found:
+            state = (
+                "not there"
+                if unit >= len(owners)
+                else "free"
+                if owners[unit] < 0
+                else f"'{names[unit]}' already"
+            )
+            raise ValueError(f"--name {pair}: unit {unit} is {state}; without a class are: {found or 'none'}")
+        others = [f", as unit {u} does" for u, known in enumerate(names) if known == name and u != unit]
+        names[unit] = checkpoint.setdefault("given", {})[unit] = name
+        lines.append(f"unit {unit} answers {name}" + "".join(others))
+    if checkpoint["answering"]:
+        checkpoint["answering"]["unnamed"] = found
+    data.write_atomically(path, data.torch_bytes(checkpoint))
+    return "\n".join(lines)
+
+
+def act(args):
+    """Do what the command line asks for; the text to print."""
+    asked = [f"--{flag}" for flag in ("compact", "predict", "name", "csv") if getattr(args, flag)]
+    if len(asked) > 1 or len(args.runs) > 1 and asked not in ([], ["--csv"]):
+        raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
+    out = args.compact or args.csv or args.out or ("predictions.csv" if args.predict else "comparison.png")
+    out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"{out}: its folder is not there")
+    if args.compact:
+        return write_compact(run, out)
+    if args.name:
+        return name_units(run, args.name)
+    if args.predict:
+        return predict(run, args.predict, out.with_suffix(".csv"))
+    folders = runs_among(args.runs)
+    if not folders:
+        raise ValueError(f"{run}: not a run folder")
+    if args.csv:
+        return write_runs(folders, out)
+    result = compare(folders)
+    for name, row in result.items():
+        if row["again"]:
+            say_once(
+                f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?"
+            )
+    return comparison_table(result) + f"\n\nDrawn to {out}." * attempt(draw_comparison, result, out)
+
+
+def main(argv=None):
+    """The command line. Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    parser = argparse.ArgumentParser(description="Compare finished runs, or use one of them.")
+    for flag, options in {
+        "runs": dict(nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)"),
+        "--csv": dict(metavar="FILE", help="write the runs to a table"),
+        "--predict": dict(nargs="+", metavar="PATH", help="answer for images and folders of them"),
+        "--name": dict(action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf"),
+        "--compact": dict(metavar="FILE", help="write the network without its dead filters"),
+        "--out": dict(metavar="FILE", help="default: comparison.png or predictions.csv"),
+    }.items():
+        parser.add_argument(flag, **options)
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a class name shows "?"
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
-        if args.compact:
-            if len(args.runs) > 1:
-                raise ValueError(f"--compact takes one run, not {len(args.runs)}")
-            print(write_compact(args.runs[0], args.compact))
-            return 0
-        if Path(args.out).name in COMPANIONS:
-            raise ValueError(f"--out {args.out}: this name is for another figure beside it; choose another")
-        folders = runs_among(args.runs)
-        if not folders:
-            raise ValueError(f"{args.runs[0]}: not a run folder")
-        result = compare(folders)
-        print(comparison_table(result))
-        for name, row in result.items():
-            if row["again"]:
-                print(f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?", file=sys.stderr)
-        draw_comparison(result, args.out)
-        more = {Path(args.out).with_name(name): draw for name, draw in COMPANIONS.items()}
-        drawn = [args.out, *(path for path, draw in more.items() if draw(result, path))]
+        print(act(args))
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"\nDrawn to {', '.join(map(str, drawn))}.")
     return 0
 
 

@@ -1,15 +1,13 @@
 """A head that discovers, names, remembers and recycles, and a network whose smallest weights are pruned while it grows.
 
     claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there names around an image?
-    monitor.look(index, claims, limit, h, known_h, known_y)              # none, time and again, and alike: a concept
-    unit, how = units.take(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
+    monitor.find_concept(index, claims, limit, h, known_h, known_y)              # none, time and again, and alike: a concept
+    unit, how = units.allocate(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
     imprint(head, unit, h, others)                      # it points at what sets them apart from the others
     units.owner[unit] = 7                               # the first labels give it a name
 
     grow_head(head, optimizer)                          # one more unit; the old ones do not notice
     masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
-    dead = prune_filters(encoder, 0.3)                  # or whole filters
-    masks = prune(encoder, 0.8, 0.3, masks)             # or both, and what was pruned before
     apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
 
 Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Fisher 1936, "The Use of Multiple
@@ -18,129 +16,180 @@ Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNe
 of plasticity in deep continual learning" (Nature 632), for the utility of a unit.
 """
 
-import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # the columns of events.csv
 UNNAMED, FREE = -1, -2  # owners of a unit that has no class: a concept without a name; nobody
+UNKNOWN = -3  # vote of an image that resembles nothing with a name or a unit
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """Switch autocast off inside a function, so that what it computes in float32 stays in float32."""
+
+    @wraps(function)
+    def wrapped(*args, **kwargs):
+        device = next((x.device.type for x in (*args, *kwargs.values()) if torch.is_tensor(x)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
 
 # ---- growing --------------------------------------------------------------------------------------------------------
 
 
+def linear_of(head: nn.Module) -> nn.Linear:
+    """The nn.Linear (or subclass) inside `head`, out of the wrappers of torch.compile and DataParallel.
+
+    Raises ValueError where weight and bias are not plain parameters: lazy layers, weight norm, other parametrizations, torch's own
+    pruning. Other parameters of a subclass are left alone.
+    """
+    while not isinstance(head, nn.Linear):
+        inner = next((getattr(head, name) for name in ("_orig_mod", "module") if hasattr(head, name)), None)
+        if inner is None:
+            raise ValueError(f"a head must be an nn.Linear, not {type(head).__name__}")
+        head = inner
+    plain = head._parameters  # what parametrizations and torch.nn.utils.prune replace is not among these
+    if plain.get("weight") is None or "bias" not in plain or torch.nn.parameter.is_lazy(head.weight):
+        raise ValueError(
+            "the weight and bias of the head must be plain parameters: remove weight norm, pruning or laziness first"
+        )
+    return head
+
+
+def rows_of(head: nn.Linear) -> list[nn.Parameter]:
+    """The parameters that have a row for each unit."""
+    return [p for p in (head.weight, head.bias) if p is not None]
+
+
 @torch.no_grad()
-def grow_head(head: nn.Linear, optimizer: torch.optim.Optimizer | None, count: int = 1) -> None:
+def grow_head(head: nn.Module, optimizer: torch.optim.Optimizer | None, count: int = 1) -> None:
     """Add `count` units to a linear layer, in place, in the middle of training.
 
-    The larger parameter takes the place of the old one in the same parameter group, and the old rows keep their values
-    and their optimizer state (momentum, second moments), so that their next update is what it would have been. A new row
-    has a random direction, the mean length of the old rows, no bias, and a state of zeros. Raises ValueError for count < 1,
-    and, before anything is changed, for an optimizer whose state is not one value a weight (Adafactor, LBFGS).
+    The parameters stay the same objects, so that parameter groups, hooks and whatever else refers to them still do. The old rows
+    keep their values, gradients and optimizer state (momentum, second moments), so that their next update is what it would have
+    been. A new row has a random direction, the mean length of the old rows, no bias, and a state of zeros. Before anything is
+    changed, raises ValueError for count < 1, for a head that is not a plain linear layer (`linear_of`), and for an optimizer whose
+    state is not one value for each weight (Adafactor, LBFGS).
     """
+    head = linear_of(head)
     if count < 1:
-        raise ValueError(f"a head grows by at least one unit, not {count}")
-    for old in head.parameters(recurse=False) if optimizer is not None else ():
+        raise ValueError(f"count must be at least 1, not {count}")
+    for old in rows_of(head) if optimizer is not None else ():
         for key, value in optimizer.state.get(old, {}).items():
             if torch.is_tensor(value) and value.numel() > 1 and value.shape != old.shape:
-                raise ValueError(f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop")
+                raise ValueError(
+                    f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop"
+                )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot grow a layer that LBFGS trains; use SGD, Adam, AdamW or RMSprop")
-    units = head.out_features
-    for name, old in list(head.named_parameters(recurse=False)):
-        rows = old.new_zeros(count, *old.shape[1:])
-        if old.ndim > 1:
-            length = old.norm(dim=1).mean() if units else 1.0
+    for p in rows_of(head):
+        rows = p.new_zeros(count, *p.shape[1:])  # (count, D) or (count)
+        if p.ndim > 1:
+            length = p.norm(dim=1).mean() if len(p) else 1.0
             rows = F.normalize(torch.randn_like(rows), dim=1) * length
-        new = nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad)
-        setattr(head, name, new)
-        if optimizer is not None:
-            swap_parameter(optimizer, old, new)
-    head.out_features = units + count
-
-
-def swap_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
-    """Put `new`, which has more rows, in the place of `old`: same group, old rows' state kept, new rows' state zero."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is None:
-        return
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.shape == old.shape:
-            state[key] = torch.cat([value, value.new_zeros(len(new) - len(old), *value.shape[1:])])
-    optimizer.state[new] = state
+        state, grad, shape = optimizer.state.get(p, {}) if optimizer is not None else {}, p.grad, p.shape
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == shape:
+                state[key] = torch.cat([value, torch.zeros_like(rows, dtype=value.dtype)])
+        p.grad, new = None, torch.cat([p.data, rows])
+        p.data = p.data.to(
+            torch.float64 if p.dtype != torch.float64 else torch.float32
+        )  # autograd forgets the old shape
+        p.data = new
+        p.grad = None if grad is None else torch.cat([grad, torch.zeros_like(rows)])
+    head.out_features += count
 
 
 @torch.no_grad()
-def recycle_unit(head: nn.Linear, optimizer: torch.optim.Optimizer | None, unit: int, masks: dict[str, Tensor] | None = None) -> None:
-    """Make a unit forget: a random direction of the mean length of the other rows, no bias, an optimizer state of zeros.
+def recycle_unit(head: nn.Module, optimizer: torch.optim.Optimizer | None, unit: int) -> None:
+    """Reset a unit: a random direction of the mean length of the other rows, no bias, gradient and optimizer state of zeros.
 
-    masks: of the pruned weights of the head, if it has any, by parameter name; the unit's row is whole again. Raises IndexError
-    for a unit that is not there.
+    Raises IndexError for a unit that is not there, and ValueError as `grow_head` does.
     """
+    head = linear_of(head)
     if not 0 <= unit < head.out_features:
         raise IndexError(f"no unit {unit} in a head of {head.out_features}")
-    for name, parameter in head.named_parameters(recurse=False):
-        fresh = torch.zeros_like(parameter[unit])
-        if parameter.ndim > 1:
-            others = torch.arange(len(parameter), device=parameter.device) != unit
-            length = parameter[others].norm(dim=1).mean() if others.any() else 1.0
+    for p in rows_of(head):
+        fresh = torch.zeros_like(p[unit])
+        if p.ndim > 1:
+            others = torch.arange(len(p), device=p.device) != unit
+            length = p[others].norm(dim=1).mean() if others.any() else 1.0
             fresh = F.normalize(torch.randn_like(fresh), dim=0) * length
-        parameter[unit] = fresh
-        if optimizer is not None:
-            for value in optimizer.state.get(parameter, {}).values():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    value[unit] = 0
-        if masks and name in masks:
-            masks[name][unit] = True
+        p[unit] = fresh
+        for value in (p.grad, *(optimizer.state.get(p, {}).values() if optimizer is not None else ())):
+            if torch.is_tensor(value) and value.shape == p.shape:
+                value[unit] = 0
 
 
 @torch.no_grad()
+@outside_autocast
 def imprint(
-    head: nn.Linear, unit: int, h: Tensor, others: Tensor | None = None, tolerance: float = 0.03, rivals: Tensor | None = None
+    head: nn.Module,
+    unit: int,
+    h: Tensor,
+    others: Tensor | None = None,
+    tolerance: float = 0.03,
+    rivals: Tensor | None = None,
 ) -> None:
-    """Point a unit at embeddings h [n,D] of its class, so that it can be predicted at once.
+    """Point a unit at embeddings h [n,D] of its class, so that the class can be predicted at once.
 
-    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows. A mean of few images lies close to
-    everything. With others [m,D], embeddings of images of other classes, the row is therefore turned to where its class differs
-    from them (`discriminant`); the bias lets it speak as loudly to its own images as before, but so much more softly that it wins no
-    more than the share `tolerance` of the others (or one image more, at a tie) from its rivals (bool [U], the units that answer;
-    None: all). A head without biases heeds no others. The optimizer state is left alone.
+    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows (Qi, Brown & Lowe 2018). The mean of few
+    images lies close to everything. Given others [m,D], embeddings of images of other classes, the row is therefore turned to where
+    its class differs from them (`discriminant`), and the bias keeps the mean logit of h, or lowers it until the unit wins at most
+    the share `tolerance` of the others (or one image more, at a tie) from its rivals (bool [U], the units that answer; None: all).
+    Without a bias the unit cannot be held back, so `others` is ignored. The optimizer state is left alone.
     """
-    rest = torch.arange(len(head.weight), device=head.weight.device) != unit
+    inner = linear_of(head)
+    if not 0 <= unit < inner.out_features or not len(h):
+        raise ValueError(
+            f"imprint needs a unit in 0..{inner.out_features - 1} and at least one embedding, not {unit} and {len(h)}"
+        )
+    weight, bias = inner.weight, inner.bias
+    rest = torch.arange(len(weight), device=weight.device) != unit  # (U)
     rivals = rest if rivals is None else rest & rivals
-    length, own = head.weight[rest].norm(dim=1).mean() if rest.any() else 1.0, F.normalize(h.float(), dim=1).mean(0)
+    length, own = (
+        weight[rest].float().norm(dim=1).mean() if rest.any() else 1.0,
+        F.normalize(h.float(), dim=1).mean(0),
+    )  # own (D)
 
-    def point_at(direction: Tensor) -> None:
-        head.weight[unit] = (F.normalize(direction, dim=0) * length).to(head.weight.dtype)
+    def logits(x: Tensor) -> Tensor:
+        return head(x.to(weight.dtype)).float()  # (n, U)
 
-    point_at(own)
-    if head.bias is None:
+    weight[unit] = (F.normalize(own, dim=0) * length).to(weight.dtype)
+    if bias is None:
         return
-    head.bias[unit] = 0
+    bias[unit] = 0
     if others is None or not len(others) or not rivals.any():
         return
-    best, kind = head(others).float().masked_fill(~rivals, float("-inf")).max(1)
-    loud = head(h)[:, unit].float().mean()
-    point_at(discriminant(own, F.normalize(others.float(), dim=1), kind))
-    margin = (head(others)[:, unit].float() - best).quantile(1 - tolerance, interpolation="higher")
-    head.bias[unit] = torch.minimum(loud - head(h)[:, unit].float().mean(), -margin)
+    best, kind = logits(others).masked_fill(~rivals, float("-inf")).max(1)  # (m)
+    before = logits(h)[:, unit].mean()
+    direction = discriminant(own, F.normalize(others.float(), dim=1), kind)
+    weight[unit] = (F.normalize(direction, dim=0) * length).to(weight.dtype)
+    margin = (logits(others)[:, unit] - best).quantile(1 - tolerance, interpolation="higher")
+    bias[unit] = torch.minimum(before - logits(h)[:, unit].mean(), -margin)
 
 
 def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:
-    """The direction [D] in which the mean embedding `own` [D] of a class differs from the others [m,D], relative to how these vary.
+    """The direction [D] in which the mean embedding `own` [D] of a class differs from the others [m,D], relative to their spread.
 
-    Fisher's linear discriminant: solve(S, own - mean(others)), S being the covariance of the others around the means of their kinds
-    (int64 [m], >= 0), shrunk towards its mean variance, for they are few.
+    Fisher's linear discriminant (1936): solve(S, own - mean(others)), where S is the covariance of the others around the means of
+    their kinds (int64 [m], >= 0), shrunk towards its mean variance because the others are few.
     """
-    total = others.new_zeros(int(kind.max()) + 1, others.shape[1]).index_add_(0, kind, others)
-    around = others - (total / kind.bincount().clamp(min=1)[:, None])[kind]
-    covariance = around.T @ around / len(others)
+    total = others.new_zeros(int(kind.max()) + 1, others.shape[1]).index_add_(0, kind, others)  # (kinds, D)
+    around = others - (total / kind.bincount().clamp(min=1)[:, None])[kind]  # (m, D)
+    covariance = around.T @ around / len(others)  # (D, D)
     variance = covariance.diagonal().mean().clamp(min=1e-6)
     identity = torch.eye(len(own), device=own.device)
-    return torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * variance * identity, own - others.mean(0))
+    return torch.linalg.solve(
+        (1 - shrinkage) * covariance + shrinkage * variance * identity, own - others.mean(0)
+    )
 
 
 # ---- owners ---------------------------------------------------------------------------------------------------------
@@ -164,13 +213,15 @@ class Units:
 
     def of_classes(self, num_classes: int) -> Tensor:
         """The unit of each class, -1 for a class that has none: int64 [num_classes]."""
-        place = {c: unit for unit, c in enumerate(self.owner)}
+        place = {c: unit for unit, c in reversed(list(enumerate(self.owner)))}  # the first of several
         return torch.tensor([place.get(c, -1) for c in range(num_classes)], device=self.utility.device)
 
     def in_use(self, taught: Tensor) -> Tensor:
         """Which units speak: those of classes that have a label (taught: bool [C]), and the unnamed ones. bool [U]."""
         taught = taught.tolist()
-        return torch.tensor([c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner], device=self.utility.device)
+        return torch.tensor(
+            [c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner], device=self.utility.device
+        )
 
     def unnamed(self) -> list[int]:
         """The units of concepts that have no name yet."""
@@ -188,7 +239,9 @@ class Units:
         least = min(idle, key=lambda u: float(self.utility[u]), default=None)
         return least if least is not None and self.utility[least] < 0.1 / len(self.owner) else None
 
-    def take(self, head: nn.Linear, optimizer: torch.optim.Optimizer | None, owner: int) -> tuple[int, str]:
+    def allocate(
+        self, head: nn.Linear, optimizer: torch.optim.Optimizer | None, owner: int
+    ) -> tuple[int, str]:
         """A unit for `owner`, "recycled" if there is a redundant one, else "grown". Changes the head in place."""
         unit = self.redundant()
         if unit is None:
@@ -231,11 +284,15 @@ class ConfusionMonitor:
         device: torch.device | str = "cpu",
     ):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks in a row in which nobody claimed the image
+        self.streak = torch.zeros(
+            n, dtype=torch.long, device=device
+        )  # looks in a row in which nobody claimed the image
         self.concept = torch.full((n,), -1, device=device)  # the unit that an image helped to open
-        self.rest = 0  # looks to wait
+        self.cooldown_left = 0  # looks to wait
 
-    def look(self, index: Tensor, claims: Tensor, limit: float, h: Tensor, known_h: Tensor, known_y: Tensor) -> Tensor | None:
+    def find_concept(
+        self, index: Tensor, claims: Tensor, limit: float, h: Tensor, known_h: Tensor, known_y: Tensor
+    ) -> Tensor | None:
         """Which of the images `index` int64 [W] are a concept without a unit; None if there is none. Call it once an epoch.
 
         claims [W]: from `claim`, unclaimed below `limit` (`threshold`); h [W,D]: their embeddings; known_h [L,D], known_y [L]: of
@@ -247,24 +304,33 @@ class ConfusionMonitor:
             return None
         at_least = max(20, round(self.at_least * len(index) / len(known_y.unique())))
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
-        self.rest = max(0, self.rest - 1)
+        self.cooldown_left = max(0, self.cooldown_left - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]
-        if self.rest or len(again) < at_least:
+        if self.cooldown_left or len(again) < at_least:
             return None
-        unit, known, reach = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1), resemblance(known_h, known_y)
-        rows = unit[again]  # two are alike if they could lie at `reach` from one centre, in directions of their own
+        unit, known, reach = (
+            F.normalize(h.float(), dim=1),
+            F.normalize(known_h.float(), dim=1),
+            resemblance(known_h, known_y),
+        )
+        rows = unit[
+            again
+        ]  # two are alike if they could lie at `reach` from one centre, in directions of their own
         alike = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])
         centre = F.normalize(rows[rows @ rows[alike.argmax()] > reach**2].mean(0), dim=0)
         near = unit @ centre > reach
         group, found = again[near[again]], (known @ centre > reach).sum()
         expected = (near.sum() + found) * len(known) / (len(unit) + len(known))
-        by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: at most `found` where `expected` are due
+        by_chance = torch.special.gammaincc(
+            found + 1.0, expected.float()
+        )  # Poisson: at most `found` where `expected` are due
         if len(group) < at_least or found > 2 / 3 * expected or by_chance > self.chance:
             return None
-        self.rest = self.cooldown + 1
+        self.cooldown_left = self.cooldown + 1
         return group[claims[group].argsort()[: (len(group) + 1) // 2]]
 
 
+@outside_autocast
 def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
     """How far the names around an image claim it: float32 [n], near 0 where there are none, about 1 amid a class that has a name.
 
@@ -279,6 +345,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
     return torch.cat(claims) / named.float().mean()
 
 
+@outside_autocast
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: that of the share `reject` of the named images, each as if it had no label.
 
@@ -293,6 +360,7 @@ def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: 
     return float((torch.cat(claims) / weight_of.mean()).quantile(reject))
 
 
+@outside_autocast
 def resemblance(h: Tensor, y: Tensor) -> float:
     """The cosine to the mean of the others of their class that three quarters of the embeddings h [L,D] of classes y [L] reach.
 
@@ -305,33 +373,174 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
-FEW = (1, 5, 20)  # labels of a new class
+# ---- the life of a head ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def first_sight(
-    head: nn.Linear, named: Tensor, first_h: Tensor, other_h: Tensor, test_h: Tensor, is_new: Tensor, right: Tensor
-) -> dict[str, float]:
-    """How a class is recognised at the moment its first 1, 5 or 20 labels come, before any gradient step, and what that costs.
+class HeadManager:
+    """Opens, names, recycles and imprints the units of a head, in a network and in its EMA together.
 
-    head: before the class has a unit, of which `named` (bool [U]) answer; first_h [20,D]: embeddings of its images in the order
-    of their labels; other_h [L,D]: of labelled images of the other classes; test_h [T,D]: of test images of old classes and of
-    the new one (is_new: bool [T]), and which of them the head gets right so far. For a unit imprinted with heed of the others
-    ("imprint"), without ("plain") and "random": "KIND_N", the test accuracy on the class, and "KIND_N_lost", that of the old ones
-    that goes to it.
+    networks: the network, its EMA and the optimizer (or None); embed(network, index): embeddings [n,D] of training images;
+    y: int64 [N], their classes or -1, read where a label is known and for the event log; watched: int64, a random subset of the
+    images, in which unknown classes are looked for; classes: their names; owner: of each unit, see `Units`.
+    A `pool` says what an epoch offers: bool [N] active, labelled, labelled_before, bool [C] taught, taught_before.
     """
-    best = head(test_h).masked_fill(~named, float("-inf")).amax(1)
-    result = {}
-    for n in FEW:
-        for kind, options in (("imprint", {"others": other_h, "rivals": F.pad(named, (0, 1))}), ("plain", {}), ("random", None)):
-            trial = copy.deepcopy(head)
-            grow_head(trial, None)
-            if options is not None:
-                imprint(trial, trial.out_features - 1, first_h[:n], **options)
-            taken = trial(test_h)[:, -1] > best
-            result[f"{kind}_{n}"] = taken[is_new].float().mean().item()
-            result[f"{kind}_{n}_lost"] = (taken & right)[~is_new].float().mean().item()
-    return result
+
+    def __init__(
+        self,
+        networks: tuple[nn.Module, nn.Module, torch.optim.Optimizer | None],
+        embed: Callable[[nn.Module, Tensor], Tensor],
+        y: Tensor,
+        watched: Tensor,
+        classes: Sequence[str],
+        owner: Sequence[int],
+        seed: int = 0,
+    ):
+        self.network, self.ema, self.optimizer = networks
+        self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
+        self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
+        self.epoch, self.events = 0, []
+        self.given: dict[
+            int, str
+        ] = {}  # names that a person gave to units (`python evaluate.py RUN --name UNIT=NAME`)
+
+    def state_dict(self) -> dict:
+        """Plain values and tensors."""
+        return {
+            "units": vars(self.units),
+            "monitor": vars(self.monitor),
+            "events": self.events,
+            "given": self.given,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """The reverse, on the device of the images."""
+        for name in ("units", "monitor"):
+            values = {k: v.to(self.y.device) if torch.is_tensor(v) else v for k, v in saved[name].items()}
+            vars(getattr(self, name)).update(values)
+        self.events, self.given = saved["events"], saved["given"]
+
+    def names(self, taught: Tensor) -> list[str | None]:
+        """The name that each unit answers with: a person's, that of a class with a label (taught: bool [C]), or None."""
+        own = [self.classes[c] if c >= 0 and taught[c] else None for c in self.units.owner]
+        return [self.given.get(unit, name) for unit, name in enumerate(own)]
+
+    def log(
+        self,
+        event: str,
+        unit: int | None = None,
+        c: int | None = None,
+        count: int | None = None,
+        purity: float | None = None,
+    ):
+        """Append a row of events.csv."""
+        name = None if c is None else self.classes[c]
+        self.events.append(dict(zip(EVENT, (self.epoch, event, unit, name, count, purity), strict=True)))
+
+    @torch.no_grad()
+    def logits(self, h: Tensor, taught: Tensor) -> Tensor:
+        """Logits [N,U] of the EMA for embeddings h [N,D]; -inf for the units that are not in use."""
+        return self.ema.head(h).masked_fill(~self.units.in_use(taught), float("-inf"))
+
+    def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+        """For embeddings h [N,D]: the best unit among all in use, and the best class among those with a label. int64 [N] each."""
+        owner, logits = self.units.owners(), self.logits(h, taught)
+        return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
+
+    def neighborhood(self, pool, labelled: Tensor) -> Tensor:
+        """The images whose claims are computed, and the labelled ones (bool [N]) they are compared with: indices int64 [M]."""
+        chosen = labelled.clone()
+        chosen[self.watched] = True
+        return (chosen & pool.active).nonzero()[:, 0]
+
+    def discover(self, pool, h: Tensor) -> Tensor:
+        """Open an unnamed unit for images that no label claims, epoch after epoch, and that resemble each other.
+
+        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: the unnamed unit an image votes for, UNKNOWN, or -1 (no vote).
+        """
+        votes = torch.full_like(self.y, -1)
+        if not pool.labelled_before.any():
+            return votes
+        index = self.neighborhood(pool, pool.labelled_before)
+        near_h, labelled, watched = h[index], pool.labelled_before[index], index[~pool.labelled[index]]
+        claims, limit = claim(h[watched], near_h, labelled), threshold(near_h, labelled)
+        best = self.predict(h[watched], pool.taught_before)[0]
+        unclaimed = claims < limit
+
+        self.units.age = [age + 1 for age in self.units.age]
+        member = torch.full_like(watched, -1)  # the unnamed unit that a watched image belongs to
+        for u in self.units.unnamed():
+            mine = unclaimed & ((best == u) | (self.monitor.concept[watched] == u))
+            if mine.sum() < 10:  # labels around these images have come to claim them
+                self.release(u)
+            else:
+                member[mine] = u
+        claims[member >= 0] = math.inf
+        group = self.monitor.find_concept(
+            watched, claims, limit, h[watched], near_h[labelled], self.y[index[labelled]]
+        )
+        if group is not None:
+            new, _ = self.open_unit(pool, UNNAMED, watched[group])
+            member[member == new] = -1  # a recycled unit stood for something else
+            member[group] = self.monitor.concept[watched[group]] = new
+            true = self.y[watched[group]].bincount()  # for the event log only
+            self.log("opened", new, int(true.argmax()), len(group), float(true.max() / len(group)))
+        votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
+        return votes
+
+    def release(self, unit: int) -> None:
+        self.units.owner[unit] = FREE
+        self.log("released", unit)
+
+    def open_unit(self, pool, owner: int, index: Tensor) -> tuple[int, str]:
+        """A unit for `owner`, imprinted with the images `index`; "grown" or "recycled"."""
+        unit, how = self.units.allocate(self.network.head, self.optimizer, owner)
+        self.monitor.concept[self.monitor.concept == unit] = -1
+        if how == "grown":
+            grow_head(self.ema.head, None)
+        for name, parameter in self.network.head.named_parameters():
+            self.ema.head.get_parameter(name).data[unit] = parameter.data[unit]
+        imprint(self.network.head, unit, self.embed(self.network, index))
+        self.imprint_ema(pool, unit, index)
+        return unit, how
+
+    def imprint_ema(self, pool, unit: int, index: Tensor) -> None:
+        """Only the EMA, which answers, is kept apart from the other classes: that bias would hold the network's own unit back."""
+        others = (pool.labelled_before & (self.y != self.units.owner[unit])).nonzero()[:, 0]
+        others = others[
+            torch.randperm(len(others), generator=torch.Generator().manual_seed(self.seed))[:1000].to(
+                others.device
+            )
+        ]
+        h, other_h = self.embed(self.ema, index), self.embed(self.ema, others)
+        imprint(self.ema.head, unit, h, other_h, rivals=self.units.in_use(pool.taught_before))
+
+    def name_class(self, pool, c: int, votes: Tensor) -> None:
+        """Give class c, whose first labels have come, a unit.
+
+        The unnamed unit that most of its labelled images fall into; else the one it had from the start; else a recycled or new one.
+        """
+        units, index = self.units, (pool.labelled & (self.y == c)).nonzero()[:, 0]
+        with torch.no_grad():
+            logits = (
+                self.ema.head(self.embed(self.ema, index)) - self.ema.head.bias
+            )  # without bias: a young unit's is lowered
+        best = logits.masked_fill(~units.in_use(pool.taught_before), float("-inf")).argmax(1)
+        count = best.bincount(minlength=len(units.owner))
+        unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None
+        if units.owner[unit] == UNNAMED:
+            if own is not None:
+                self.release(own)
+            units.owner[unit], units.age[unit] = c, 0
+            self.log("named", unit, c, len(index), float(count[unit] / len(index)))
+            members = (votes == unit).nonzero()[:, 0]
+            self.imprint_ema(pool, unit, torch.cat([index, members]))
+        elif own is not None:
+            imprint(self.network.head, own, self.embed(self.network, index))
+            self.imprint_ema(pool, own, index)
+        else:
+            unit, how = self.open_unit(pool, c, index)
+            votes[votes == unit] = UNKNOWN  # what voted for it when it was another's
+            self.log(how, unit, c, len(index))
 
 
 # ---- pruning --------------------------------------------------------------------------------------------------------
@@ -345,6 +554,10 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            if module._parameters.get("weight") is None:
+                raise ValueError(
+                    f"{name or 'the model'}: remove its weight norm or torch's own pruning before pruning it"
+                )
             weights[f"{name}.weight".removeprefix(".")] = module.weight
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             weights[f"{name}.in_proj_weight".removeprefix(".")] = module.in_proj_weight
@@ -368,7 +581,9 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     go, so a rising sparsity only ever adds to what is pruned. Raises ValueError outside 0..1.
     """
     weights = prunable(model)
-    gone = smallest(torch.cat([w.abs().flatten() for w in weights.values()]) if weights else torch.zeros(0), sparsity)
+    gone = smallest(
+        torch.cat([w.abs().flatten() for w in weights.values()]) if weights else torch.zeros(0), sparsity
+    )
     parts = gone.split([w.numel() for w in weights.values()]) if weights else ()
     masks = {name: ~part.view_as(w) for (name, w), part in zip(weights.items(), parts, strict=True)}
     apply_masks(model, masks)
@@ -378,8 +593,12 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
     """The convolutions of a chain conv, norm, ReLU, ..., each with its batch norm, by name; not the last, whose filters are the output."""
     if not isinstance(model, nn.Sequential):
-        raise ValueError("whole filters can be pruned in a plain chain of layers only (cnn, vgg-small, vgg11, vgg16)")
-    names = [name for name, module in model.named_children() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+        raise ValueError(
+            "whole filters can be pruned in a plain chain of layers only (cnn, vgg-small, vgg11, vgg16)"
+        )
+    names = [
+        name for name, module in model.named_children() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    ]
     return list(zip(names[::2], names[1::2], strict=True))[:-1]
 
 
@@ -395,7 +614,13 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     layers = filter_layers(model)
     norms = [model.get_submodule(conv).weight.flatten(1).norm(dim=1) for conv, _ in layers]
     relative = [norm / norm.mean().clamp(min=1e-12) for norm in norms]
-    gone = smallest(torch.cat(relative) if relative else torch.zeros(0), share).split([len(norm) for norm in norms]) if layers else ()
+    gone = (
+        smallest(torch.cat(relative) if relative else torch.zeros(0), share).split(
+            [len(norm) for norm in norms]
+        )
+        if layers
+        else ()
+    )
     masks = {}
     for (conv, norm), size, dead in zip(layers, norms, gone, strict=True):
         kept = ~dead
@@ -410,15 +635,27 @@ def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, T
     """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no wider than `before`."""
     masks = dict(before)
     for new in (prune_filters(model, filters) if filters else {}, prune_smallest(model, sparsity)):
-        masks |= {name: mask & masks[name] if name in masks else mask for name, mask in new.items()}
+        for name, mask in new.items():
+            if name in masks:
+                mask = mask.clone()
+                mask[: len(masks[name])] &= masks[name]
+            masks[name] = mask
     return masks
 
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Zero the weights that the masks do not keep."""
+    """Zero the weights that the masks do not keep. Rows that a layer has grown since are kept.
+
+    Raises ValueError, before anything is changed, for a mask that fits no parameter.
+    """
+    parameters = dict(model.named_parameters())
     for name, mask in masks.items():
-        model.get_parameter(name).mul_(mask)
+        p = parameters.get(name)
+        if p is None or p.ndim != mask.ndim or p.shape[1:] != mask.shape[1:] or len(p) < len(mask):
+            raise ValueError(f"the mask '{name}' {tuple(mask.shape)} fits no parameter of the model")
+    for name, mask in masks.items():
+        parameters[name][: len(mask)].mul_(mask)
 
 
 def sparsity_of(model: nn.Module) -> float:

@@ -1,106 +1,159 @@
-"""The losses of gradual supervision, each pure and in float32, and the memory that the neighbour losses look into.
+"""The losses of gradual supervision, each a pure function, and the memory that the neighbour losses search.
 
-    nt_xent             every image is its own class             SimCLR                arXiv 2002.05709
-    local_aggregation   neighbours that cluster together agree   Local Aggregation     arXiv 1903.12355
-    propagate_labels    labelled neighbours vote                 Local Label Propag.   arXiv 1905.11581
-    propagation         and their votes are learned              the same
-    supervised          named classes                            cross-entropy over the units active so far
+    nt_xent             each image is its own class              SimCLR                   arXiv 2002.05709
+    local_aggregation   neighbours in one cluster move together  Local Aggregation        arXiv 1903.12355
+    propagate_labels    labelled neighbours vote for a label     Local Label Propagation  arXiv 1905.11581
+    propagation         and the winning label is learned         the same
+    supervised          cross-entropy over the units active so far
 
     loss = nt_xent(z1, z2) + supervised(logits, onehot)
 
-A loss takes reduction="mean" (a scalar) or "none" (one value an image, to be weighted).
+reduction is "mean", "sum" or "none" (one value per image). All compute in float32, for other dtypes and
+inside autocast too. A wrong argument raises a ValueError that names it.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-CHUNK_BYTES = 64 << 20  # of a block of similarities; the neighbour search never builds an [N, N] matrix
+CHUNK_BYTES = 64 << 20  # of a block of similarities; no search builds an [N, N] matrix
+
+
+def check(**arguments) -> None:
+    """ValueError for a wrong argument: check(z=(z, "B D float"), index=(index, "B int64"), temperature=0.5).
+
+    Equal letters are equal sizes above 0, as are numbers. No tensor's value is read: a GPU would wait.
+    """
+    sizes = {}
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            x, expected = value
+            *letters, dtype = expected.split()
+            right = x.is_floating_point() if dtype == "float" else x.dtype == getattr(torch, dtype)
+            fits = (sizes.setdefault(d, n) == n > 0 for d, n in zip(letters, x.shape, strict=False))
+            if not (right and x.ndim == len(letters) and all(fits)):
+                raise ValueError(f"{name} must be {expected}, not {x.dtype} {list(x.shape)} ({sizes})")
+        elif not torch.is_tensor(value) and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, not {value}")
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """loss [B] -> its mean, or itself for reduction="none"."""
-    return loss if reduction == "none" else loss.mean()
+    """loss [B] -> its mean, its sum, or for reduction="none" the loss itself."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not '{reduction}'")
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]; negative indices are errors too, which a GPU reports later."""
+    try:
+        return x.index_select(0, index)
+    except IndexError:
+        raise ValueError(f"index must be in 0..{len(x) - 1}") from None
 
 
 def chunks(n: int, columns: int) -> list[slice]:
-    """Slices of 0..n such that a float32 matrix of one slice by `columns` stays under CHUNK_BYTES."""
-    size = max(1, CHUNK_BYTES // (4 * max(columns, 1)))
+    """Slices of 0..n of which each, times `columns` of float32, stays under CHUNK_BYTES."""
+    size = max(1, CHUNK_BYTES // (4 * columns))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-# ---- self-supervision -----------------------------------------------------------------------------------------------
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b outside autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean", kind: Tensor | None = None) -> Tensor:
-    """Normalised temperature-scaled cross-entropy: each view must find the other among all (SimCLR, equation 1).
+class Inner(torch.autograd.Function):
+    """Inner products of the rows of a [...,N,D] and b [...,M,D]: [...,N,M], with a float32 gradient."""
 
-    z1, z2: [B,D], two views of the same images, any scale. loss_i = -log softmax_j(z_i . z_j / temperature) at the other
-    view, j over the 2B-1 other rows. An untrained network gives about ln(2B-1). "none" gives [2B].
-    kind: int64 [B]; images of the same kind are no negatives of each other: an image that occurs twice in the batch, or, once
-    there are labels, two of the same (pseudo-)label. The plain loss is kind=None.
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return product(a, b.mT)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (a, b), (for_a, for_b) = ctx.saved_tensors, ctx.needs_input_grad
+        return product(grad, b) if for_a else None, product(grad.mT, a) if for_b else None
+
+
+def nt_xent(
+    z1: Tensor, z2: Tensor, temperature: float = 0.5, reduction: str = "mean", kind: Tensor | None = None
+) -> Tensor:
+    """Normalised temperature-scaled cross-entropy: each view must find the other (SimCLR, equation 1).
+
+    z1, z2: [B,D], two views of the same images, at any scale. An untrained network gives about ln(2B-1).
+
+        loss_i = -log softmax_j(z_i . z_j / temperature) at the other view of i, over the 2B-1 rows j != i
+
+    kind: int64 [B]. Images of one kind are no negatives of each other: an image that occurs twice, or images
+    of one (pseudo-)label. -1 is no kind: a negative of everything. "none" gives [2B].
     """
+    check(z1=(z1, "B D float"), z2=(z2, "B D float"), temperature=temperature)
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, D)
     target = torch.arange(len(z), device=z.device).roll(len(z1))
-    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
+    similarity = (Inner.apply(z, z) / temperature).fill_diagonal_(float("-inf"))  # (2B, 2B)
     if kind is not None:
+        check(z1=(z1, "B D float"), kind=(kind, "B int64"))
         kind = kind.repeat(2)
-        same = (kind[:, None] == kind).scatter_(1, target[:, None], False)  # the positive pair stays
+        same = (kind[:, None] == kind) & (kind >= 0)
+        same.scatter_(1, target[:, None], False)  # the positive pair stays
         similarity = similarity.masked_fill(same, float("-inf"))
     return F.cross_entropy(similarity, target, reduction=reduction)
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
 class MemoryBank:
-    """One unit row for every image of the data set, a running mean of its embeddings; zeros until the image is first seen.
+    """A running mean of each image's embeddings: float32 unit rows [n,dim], zeros until the first update.
 
-    n: images; dim: width of z; momentum: weight of the old row (0.5).
+    momentum: weight of the old row, 0..1.
     """
 
     def __init__(self, n: int, dim: int, momentum: float = 0.5, device: torch.device | str = "cpu"):
-        self.rows = torch.zeros(n, dim, device=device)  # (n, dim)
+        check(n=n, dim=dim)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in 0..1, not {momentum}")
+        self.rows = torch.zeros(n, dim, device=device)
         self.momentum = momentum
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
-        """row_i <- normalize(momentum row_i + (1 - momentum) z_i) for the images `index` [B]; z [B,dim].
+        """row_i <- normalize(momentum row_i + (1 - momentum) z_i) for the images index int64 [B]; z [B,dim].
 
-        An image that occurs more than once counts with the mean of its embeddings.
+        If an image occurs twice, the mean of its embeddings counts.
         """
+        check(rows=(self.rows, "N D float"), z=(z, "B D float"), index=(index, "B int64"))
         z = F.normalize(z.float(), dim=1)
         order = index.argsort()
         first = torch.ones_like(index, dtype=torch.bool)
         first[1:] = index[order][1:] != index[order][:-1]
         group = torch.empty_like(index)
-        group[order] = first.cumsum(0) - 1  # one number for each distinct image; unlike unique(), this waits for no GPU
+        group[order] = first.cumsum(0) - 1  # as unique(), which would wait for a GPU
         total = torch.zeros_like(z).index_add_(0, group, z)
         count = torch.zeros_like(z[:, 0]).index_add_(0, group, torch.ones_like(z[:, 0]))
         mean = total[group] / count[group, None]
-        self.rows[index] = F.normalize(self.momentum * self.rows[index] + (1 - self.momentum) * mean, dim=1)
-
-
-# ---- clusters -------------------------------------------------------------------------------------------------------
+        old = take(self.rows, index)
+        self.rows[index] = F.normalize(self.momentum * old + (1 - self.momentum) * mean, dim=1)
 
 
 def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row of x [N,D], and the squared distance to it: int64 [N], float32 [N]. Chunked."""
+    """The nearest centre of each row of x [N,D] and its squared distance: int64 [N], float32 [N]. Chunked."""
     half_norm = centres.square().sum(1) / 2
     index = torch.empty(len(x), dtype=torch.long, device=x.device)
     distance = torch.empty(len(x), device=x.device)
     for part in chunks(len(x), len(centres)):
-        score, index[part] = torch.addmm(half_norm, x[part], centres.T, beta=-1).max(1)
+        with torch.autocast(x.device.type, enabled=False):
+            score, index[part] = torch.addmm(half_norm, x[part], centres.T, beta=-1).max(1)
         distance[part] = (x[part].square().sum(1) - 2 * score).clamp_(min=0)
     return index, distance
 
 
-def spread_centres(x: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
+def spread_centres(x: Tensor, k: int, generator: Generator | None) -> Tensor:
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) on at most 8 k of the rows.
 
-    A few candidates are drawn by their squared distance to the centres so far; the one that leaves least distance stays.
+    A few candidates are drawn by their squared distance to the centres so far; the best of them stays.
     """
     sample = x[torch.randperm(len(x), device=x.device, generator=generator)[: 8 * k]]
     trials = 2 + int(math.log(k))
@@ -111,19 +164,23 @@ def spread_centres(x: Tensor, k: int, generator: torch.Generator | None) -> Tens
         cumulative = distance.double().cumsum(0)
         u = torch.rand(trials, device=x.device, generator=generator, dtype=torch.float64) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, u).clamp(max=len(sample) - 1)
-        to_candidates = norm + norm[candidates, None] - 2 * sample[candidates] @ sample.T  # (trials, samples)
-        left = torch.minimum(distance, to_candidates.clamp_(min=0))
+        to_candidates = norm + norm[candidates, None] - product(2 * sample[candidates], sample.T)
+        left = torch.minimum(distance, to_candidates.clamp_(min=0))  # (trials, samples)
         best = left.sum(1).argmin(keepdim=True)  # a tensor as index: no waiting for a GPU
-        distance, centres[i] = left.index_select(0, best)[0], sample.index_select(0, candidates.index_select(0, best))[0]
+        distance = left.index_select(0, best)[0]
+        centres[i] = sample.index_select(0, candidates.index_select(0, best))[0]
     return centres
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, k: int, iterations: int = 10, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm on x [N,D] -> cluster of each row int64 [N], centres [k,D]; k is lowered to N if N is smaller.
+def kmeans(
+    x: Tensor, k: int, iterations: int = 10, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm on x [N,D] -> cluster of each row int64 [N], centres float32 [min(k,N),D].
 
     An empty cluster takes over the row that lies farthest from its centre. generator: on the device of x.
     """
+    check(x=(x, "N D float"), k=k)
     x, k = x.float(), min(k, len(x))
     centres = spread_centres(x, k, generator)
     for _ in range(iterations):
@@ -136,44 +193,46 @@ def kmeans(x: Tensor, k: int, iterations: int = 10, generator: torch.Generator |
 
 
 def clusterings(
-    rows: Tensor, active: Tensor, k: int, repeats: int = 3, iterations: int = 10, generator: torch.Generator | None = None
+    rows: Tensor, active: Tensor, k: int, repeats: int = 3, generator: Generator | None = None
 ) -> Tensor:
-    """`repeats` k-means clusterings of the active rows: int64 [repeats,N], -1 where not active (bool [N])."""
+    """`repeats` k-means clusterings of the active rows (bool [N]): int64 [repeats,N], -1 where not active."""
+    check(rows=(rows, "N D float"), active=(active, "N bool"), repeats=repeats)
     clusters = torch.full((repeats, len(rows)), -1, device=rows.device)
     for h in range(repeats):
-        clusters[h, active] = kmeans(rows[active], k, iterations, generator)[0]
+        clusters[h, active] = kmeans(rows[active], k, generator=generator)[0]
     return clusters
 
 
-# ---- local aggregation ----------------------------------------------------------------------------------------------
-
-
 def searched(n: int) -> tuple[int, int]:
-    """How a step looks for neighbours in a bank of n rows: how many it takes, and that it looks at every so many-th row.
-
-    Of 12,000 rows at most, in turn, so that the cost of a step does not grow with the data; twice the share that the paper takes.
-    """
+    """k (twice the paper's share) and `every` for `neighbours` in n rows: a step looks at 12,000 at most."""
     every = math.ceil(n / 12_000)
     return max(16, round(0.0064 * n / every)), every
 
 
-def neighbours(z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int, every: int = 1, turn: int = 0) -> tuple[Tensor, Tensor]:
+def neighbours(
+    z: Tensor, index: Tensor, bank: MemoryBank, active: Tensor, k: int, every: int = 1, turn: int = 0
+) -> tuple[Tensor, Tensor]:
     """The k rows of the bank most similar to each z, without the image itself: B_i of local aggregation.
 
-    z: unit rows [B,D] of the images `index` int64 [B]; active: bool [N], the rows to look at. Of a large bank one may look
-    at `every` so many-th row only, beginning with another one each `turn`. Returns the rows' numbers int64 [B,k], nearest
-    first, -1 where there are fewer than k, and their similarities float32 [B,k], with gradient.
+    z: unit rows [B,D] of the images index int64 [B]; active: bool [N], the rows to search; every: search only
+    each `every`-th row, from another start at each `turn`. Returns row numbers int64 [B,k], nearest first, -1
+    where there are fewer, and similarities float32 [B,k], with gradient.
     """
+    check(bank=(bank.rows, "N D float"), z=(z, "B D float"), index=(index, "B int64"), k=k, every=every)
+    check(bank=(bank.rows, "N D float"), active=(active, "N bool"))
+    take(active, index)  # refuses an index out of range
     z, first = z.float(), turn % every
     number = torch.arange(first, len(bank.rows), every, device=z.device)
     rows, there = bank.rows[first::every], active[first::every]
     with torch.no_grad():
         near = torch.empty(len(z), min(k, len(rows)), dtype=torch.long, device=z.device)
         for part in chunks(len(z), len(rows)):
-            similarity = (z[part] @ rows.T).masked_fill_(~there | (number == index[part, None]), -2.0)
+            similarity = product(z[part], rows.T)
+            similarity.masked_fill_(~there | (number == index[part, None]), -2.0)
             best, near[part] = similarity.topk(near.shape[1], dim=1)
             near[part] = near[part].masked_fill(best < -1.5, -1)
-    similarity = torch.bmm(rows[near.clamp(min=0)], z[:, :, None])[:, :, 0]
+    close = rows[near.clamp(min=0)]  # (B, k, D)
+    similarity = Inner.apply(close, z[:, :, None].mT)[:, :, 0]  # (B, k)
     return torch.where(near < 0, -1, near * every + first), similarity
 
 
@@ -182,45 +241,46 @@ def local_aggregation(
     index: Tensor,
     bank: MemoryBank,
     clusters: Tensor,
-    background: int = 64,
+    background: int | tuple[Tensor, Tensor] = 64,
     temperature: float = 0.07,
     reduction: str = "mean",
-    found: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Of the background neighbours of an image, those in its own cluster should be the likely ones (equation 6).
+    """Of the neighbours of an image, those in its own cluster should be the most likely (equation 6).
 
-    z: unit rows [B,D] of the images `index` int64 [B]; clusters: int64 [H,N], one row a clustering (from `clusterings`, or
-    pseudo-labels), negative where an image is not to be looked at. B_i: the `background` rows of the bank nearest to z_i;
-    C_i: the images that share a cluster with i in any clustering; both without i itself.
+    z: unit rows [B,D] of the images index int64 [B]; clusters: int64 [H,N], rows of clusters or
+    pseudo-labels, negative where an image takes no part. B_i: the `background` bank rows nearest to z_i; C_i:
+    the images that share a cluster with i in any row; both without i itself.
 
-        loss_i = log sum_{j in B_i} exp(m_j . z_i / temperature) - log sum_{j in B_i and C_i} exp(m_j . z_i / temperature)
+        loss_i = log sum_{j in B_i} exp(m_j . z_i / temperature)
+               - log sum_{j in B_i and C_i} exp(m_j . z_i / temperature)
 
-    The nearest neighbour counts as close where nothing else does. An image with no neighbour at all has loss 0.
-    found: B_i and its similarities from `neighbours`, where several losses share one search.
+    The nearest neighbour stands in where none is in C_i; an image without neighbours has loss 0.
+    background: the size of B_i, or what `neighbours` returned, to share one search among losses.
     """
-    near, similarity = found or neighbours(z, index, bank, (clusters >= 0).any(0), background)
+    check(bank=(bank.rows, "N D float"), clusters=(clusters, "H N int64"), temperature=temperature)
+    if not isinstance(background, tuple):
+        background = neighbours(z, index, bank, (clusters >= 0).any(0), background)
+    near, similarity = background
+    check(index=(index, "B int64"), background=(near, "B k int64"), similarity=(similarity, "B k float"))
     there = near >= 0
     close = torch.zeros_like(there)
     for cluster in clusters:
-        close |= cluster[near.clamp(min=0)] == cluster[index, None]
+        close |= cluster[near.clamp(min=0)] == take(cluster, index)[:, None]
     close &= there
     close[:, 0] |= there[:, 0] & ~close.any(1)
-    similarity = similarity / temperature
-    # A large finite number instead of -inf, whose gradient would not be a number in a row with no neighbour.
+    similarity = similarity.float() / temperature
+    # Not -inf: its gradient is not a number in a row without neighbours.
     total = similarity.masked_fill(~there, -1e4).logsumexp(1)
     agree = similarity.masked_fill(~close, -1e4).logsumexp(1)
     return reduce(total - agree, reduction)
 
 
-# ---- label propagation ----------------------------------------------------------------------------------------------
-
-
 def align(votes: Tensor, expected: Tensor, rounds: int = 10) -> Tensor:
-    """Scale the columns of votes [N,C], whose rows sum to 1, until their means are as `expected` [C] in proportion.
+    """Scale the columns of votes [N,C], whose rows sum to 1, until their means are as expected [C] in proportion.
 
-    Columns of which nothing is expected (0) keep their mean. Distribution alignment (arXiv 1911.09785) by the iterations of
-    Sinkhorn & Knopp 1967: without it a class that few labels made too broad takes ever more images from the others.
+    A column with expected 0 keeps its mean. Distribution alignment (arXiv 1911.09785).
     """
+    votes, expected = votes.float(), expected.float()
     mean, due = votes.mean(0), expected > 0
     share = torch.where(due, expected / expected.sum() * (mean * due).sum(), mean)
     for _ in range(rounds):
@@ -236,95 +296,85 @@ def propagate_labels(
     k: int = 10,
     density_k: int = 50,
     temperature: float = 0.07,
-    balance: bool = False,
-    expected: Tensor | None = None,
+    balance: bool | Tensor = False,
 ) -> tuple[Tensor, Tensor]:
     """Let the k nearest labelled rows vote on the label of every row (arXiv 1905.11581, equations 2-4).
 
-    bank_rows: unit rows [N,D]; labels: int64 [N], looked at only where labelled (bool [N]) is true.
+    bank_rows: unit rows [N,D]; labels: int64 [N], read only where labelled (bool [N]) is true.
 
-        vote_c = sum over the k labelled neighbours l with label c of exp(m_l . m_i / temperature) / density(l)
-        density(l) = sum over the density_k rows j != l nearest to l of exp(m_l . m_j / temperature)
+        vote_c = sum over the k labelled neighbours l with label c of exp(m_l . m_i / temperature) /
+        density(l) density(l) = sum over the density_k rows j != l nearest to l of exp(m_l . m_j /
+        temperature)
 
-    balance divides the votes of each class by its number of labels. expected: [C], how many rows of each class are due, in
-    proportion, 0 where nobody knows; the votes are scaled until each class has its share (`align`). Returns the pseudo-label int64
-    [N] with the most votes and its share of all votes float32 [N]. Labelled rows keep their label with confidence 1; if nothing is
-    labelled, all get -1 with confidence 0.
+    balance: True divides the votes of each class by its number of labels; a tensor [C], how many rows each
+    class should get (0: not known), also aligns them with it. Returns the pseudo-label int64 [N] with most
+    votes and its share of them [N]. Labelled rows keep their label with confidence 1; without any, all get -1
+    and 0.
     """
+    check(bank_rows=(bank_rows, "N D float"), labels=(labels, "N int64"), labelled=(labelled, "N bool"))
+    check(k=k, density_k=density_k, temperature=temperature)
     n, known = len(bank_rows), labelled.nonzero()[:, 0]
     pseudo, confidence = torch.full_like(labels, -1), torch.zeros(n, device=bank_rows.device)
     if not len(known):
         return pseudo, confidence
     rows, voters, y = bank_rows.float(), bank_rows[known].float(), labels[known]
+    classes = len(balance) if torch.is_tensor(balance) else int(y.max()) + 1
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"labels must be in 0..{classes - 1} where labelled")
 
     weight = torch.zeros(len(known), device=rows.device)  # log of 1 / density
     if n > 1:
         for part in chunks(len(known), n):
-            similarity = (voters[part] @ rows.T).scatter_(1, known[part, None], float("-inf"))
+            similarity = product(voters[part], rows.T).scatter_(1, known[part, None], float("-inf"))
             weight[part] = -(similarity.topk(min(density_k, n - 1), dim=1).values / temperature).logsumexp(1)
-    if balance:
+    if torch.is_tensor(balance) or balance:
         weight -= y.bincount()[y].log()
 
-    votes = torch.zeros(n, int(y.max()) + 1 if expected is None else len(expected), device=rows.device)
+    votes = torch.zeros(n, classes, device=rows.device)
     for part in chunks(n, len(known)):
-        similarity, near = (rows[part] @ voters.T).topk(min(k, len(known)), dim=1)  # (b, k)
+        similarity, near = product(rows[part], voters.T).topk(min(k, len(known)), dim=1)  # (b, k)
         votes[part].scatter_add_(1, y[near], (similarity / temperature + weight[near]).softmax(1))
-    if expected is not None:
-        votes = align(votes, expected)
+    if torch.is_tensor(balance):
+        votes = align(votes, balance)
     confidence, pseudo = votes.max(1)
     pseudo[known], confidence[known] = y, 1.0
     return pseudo, confidence
 
 
-# ---- supervision ----------------------------------------------------------------------------------------------------
+def propagation(together: Tensor, named: Tensor, confidence: Tensor, reduction: str = "mean") -> Tensor:
+    """confidence (together + named): learn propagated labels (arXiv 1905.11581, equation 7). All float [B].
+
+    together: `local_aggregation` with clusters=pseudo[None]; named: `supervised`; both with reduction="none".
+    """
+    check(together=(together, "B float"), named=(named, "B float"), confidence=(confidence, "B float"))
+    return reduce(confidence.float() * (together.float() + named.float()), reduction)
 
 
 def one_hot(units: Tensor, count: int) -> Tensor:
-    """Targets [B,count] for units [B]; a row of zeros where there is none (-1)."""
-    return F.one_hot(units.clamp(min=0), count) * (units >= 0)[:, None]
+    """Targets int64 [B,count] for units int64 [B]; a row of zeros where the unit is negative."""
+    check(units=(units, "B int64"), count=count)
+    try:
+        return F.one_hot(units.clamp(min=0), count) * (units >= 0)[:, None]
+    except RuntimeError:
+        raise ValueError(f"units must be below count, {count}") from None
 
 
-def supervised(logits: Tensor, onehot: Tensor, active: Tensor | None = None, reduction: str = "mean") -> Tensor:
-    """Cross-entropy with one-hot targets over the units active so far.
+def supervised(
+    logits: Tensor, onehot: Tensor, active: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy with one-hot targets over the active units; the mean is 0 if no class is known.
 
-    logits [B,C]; onehot [B,C], a row of zeros for an image whose class is not known; active: bool [C], all if None.
+    logits [B,C]; onehot [B,C], a row of zeros where the class is not known; active: bool [C], None for all.
 
         loss_i = - sum_c onehot_ic log softmax(logits_i over the active units)_c
-
-    The mean is over the images of known class; it is 0 if there is none.
     """
+    check(logits=(logits, "B C float"), onehot=(onehot.float(), "B C float"))
     logits, onehot = logits.float(), onehot.float()
     if active is not None:
+        check(logits=(logits, "B C float"), active=(active, "C bool"))
         logits, onehot = logits.masked_fill(~active, float("-inf")), onehot * active
     log_p = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(onehot == 0, 0.0)  # 0 log 0 = 0
     loss = -(onehot * log_p).sum(1)
-    return loss if reduction == "none" else loss.sum() / (onehot.sum(1) > 0).sum().clamp(min=1)
-
-
-def propagation(
-    z: Tensor,
-    logits: Tensor,
-    index: Tensor,
-    bank: MemoryBank,
-    pseudo: Tensor,
-    confidence: Tensor,
-    onehot: Tensor,
-    active: Tensor | None = None,
-    background: int = 64,
-    temperature: float = 0.07,
-    reduction: str = "mean",
-    found: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Learn the propagated labels, each weighted by its confidence (arXiv 1905.11581, equation 7).
-
-    z [B,D], logits [B,C], onehot [B,C] (of the pseudo-labels) belong to the images `index` [B]; pseudo int64 [N] and
-    confidence [N] to all images, from `propagate_labels`; active: bool [C], the units that take part;
-    found: from `neighbours`, where several losses share one search.
-
-        loss_i = confidence_i [ local aggregation with the images of the same pseudo-label + cross-entropy(pseudo-label) ]
-
-    Where no neighbour has the pseudo-label of an image, its nearest one stands in, as in `local_aggregation`.
-    """
-    together = local_aggregation(z, index, bank, pseudo[None], background, temperature, "none", found)
-    named = supervised(logits, onehot, active, reduction="none")
-    return reduce(confidence[index] * (together + named), reduction)
+    if reduction == "mean":
+        return loss.sum() / (onehot.sum(1) > 0).sum().clamp(min=1)
+    return reduce(loss, reduction)
