@@ -138,38 +138,10 @@ class MemoryBank:
         self.rows[index] = F.normalize(self.momentum * old + (1 - self.momentum) * mean, dim=1)
 
 
-def nearest_centre(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centre of each row of x [N,D] and its squared distance: int64 [N], float32 [N]. Chunked."""
-    half_norm = centres.square().sum(1) / 2
-    index = torch.empty(len(x), dtype=torch.long, device=x.device)
-    distance = torch.empty(len(x), device=x.device)
-    for part in chunks(len(x), len(centres)):
-        with torch.autocast(x.device.type, enabled=False):
-            score, index[part] = torch.addmm(half_norm, x[part], centres.T, beta=-1).max(1)
-        distance[part] = (x[part].square().sum(1) - 2 * score).clamp_(min=0)
-    return index, distance
-
-
-def spread_centres(x: Tensor, k: int, generator: Generator | None) -> Tensor:
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on at most 8 k of the rows.
-
-    A few candidates are drawn by their squared distance to the centres so far; the best of them stays.
-    """
-    sample = x[torch.randperm(len(x), device=x.device, generator=generator)[: 8 * k]]
-    trials = 2 + int(math.log(k))
-    centres = sample[:1].repeat(k, 1)
-    distance = (sample - centres[0]).square().sum(1)
-    norm = sample.square().sum(1)
-    for i in range(1, k):
-        cumulative = distance.double().cumsum(0)
-        u = torch.rand(trials, device=x.device, generator=generator, dtype=torch.float64) * cumulative[-1]
-        candidates = torch.searchsorted(cumulative, u).clamp(max=len(sample) - 1)
-        to_candidates = norm + norm[candidates, None] - product(2 * sample[candidates], sample.T)
-        left = torch.minimum(distance, to_candidates.clamp_(min=0))  # (trials, samples)
-        best = left.sum(1).argmin(keepdim=True)  # a tensor as index: no waiting for a GPU
-        distance = left.index_select(0, best)[0]
-        centres[i] = sample.index_select(0, candidates.index_select(0, best))[0]
-    return centres
+def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
+    """The nearest of the centres [k,D] to each row of x [N,D]: int64 [N]. Chunked."""
+    half = centres.square().sum(1) / 2
+    return torch.cat([product(x[p], centres.T).sub_(half).argmax(1) for p in chunks(len(x), len(centres))])
 
 
 @torch.no_grad()
@@ -178,18 +150,27 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on x [N,D] -> cluster of each row int64 [N], centres float32 [min(k,N),D].
 
-    An empty cluster takes over the row that lies farthest from its centre. generator: on the device of x.
+    Starts from 4k random rows. The first two iterations each drop half of the centres: those that can join an
+    earlier centre at the least cost. generator: on the device of x.
     """
     check(x=(x, "N D float"), k=k)
     x, k = x.float(), min(k, len(x))
-    centres = spread_centres(x, k, generator)
+    order = torch.randperm(len(x), device=x.device, generator=generator)
+    centres = x[order[: k * min(4, 2**iterations)]]
     for _ in range(iterations):
-        index, distance = nearest_centre(x, centres)
-        count = index.bincount(minlength=k)
-        centres = torch.zeros_like(centres).index_add_(0, index, x) / count.clamp(min=1)[:, None]
-        empty = (count == 0).nonzero()[:, 0]
-        centres[empty] = x[distance.topk(len(empty)).indices]
-    return nearest_centre(x, centres)[0], centres
+        index = nearest_centre(x, centres)
+        count = index.bincount(minlength=len(centres))
+        total = torch.zeros_like(centres).index_add_(0, index, x)
+        centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centres)
+        if (n := len(centres)) > k:
+            later = torch.arange(n, device=x.device)
+            apart = [
+                torch.cdist(centres[p], centres).masked_fill(later >= later[p, None], math.inf)
+                for p in chunks(n, n)
+            ]
+            cost = count * torch.cat([part.amin(1) for part in apart]).square()
+            centres = centres[cost.topk(max(k, n // 2)).indices]
+    return nearest_centre(x, centres), centres
 
 
 def clusterings(
