@@ -88,7 +88,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "propagation": leak,
         "supervised": float(leak > 0),
     }
-    discovery = leak > 0 and name != "maturity"
+    discovery = leak > 0
     share, pruned = labelled_share(progress), cubic_sparsity(progress, sparsity)
     return Stage(name, classes, named, budget * leak, mix, share, pruned, discovery)
 

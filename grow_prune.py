@@ -1,21 +1,19 @@
-"""A head that discovers, names, remembers and recycles, and a network whose smallest weights are pruned while it grows.
+"""A head that discovers, names, remembers and recycles its units, in a network that is pruned while it grows.
 
-    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there names around an image?
-    monitor.find_concept(index, claims, limit, h, known_h, known_y)              # none, time and again, and alike: a concept
-    unit, how = units.allocate(head, optimizer, UNNAMED)    # a unit for them: a redundant one, else a new one
-    imprint(head, unit, h, others)                      # it points at what sets them apart from the others
-    units.owner[unit] = 7                               # the first labels give it a name
+    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there labels around an image?
+    group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # unclaimed and alike: a kind
+    unit, how = units.allocate(head, optimizer, UNNAMED)    # a unit for it: a redundant one, else a new one
+    imprint(head, unit, h, others)                          # it points at what sets it apart from the others
 
-    grow_head(head, optimizer)                          # one more unit; the old ones do not notice
-    masks = prune_smallest(encoder, 0.8)                # zero the smallest 80 % of the weights
-    apply_masks(encoder, masks)                         # after every optimizer step: momentum revives what was pruned once
+    grow_head(head, optimizer)                              # one more unit; the old ones do not notice
+    masks = prune_smallest(encoder, 0.8)                    # zero the smallest 80 % of the weights
+    apply_masks(encoder, masks)                             # after every step: momentum revives pruned weights
 
-Sources: Qi, Brown & Lowe 2018, "Low-Shot Learning with Imprinted Weights" (arXiv 1712.07136); Fisher 1936, "The Use of Multiple
-Measurements in Taxonomic Problems" (Annals of Eugenics 7), for what sets a class apart; Zhu & Gupta 2017, "To Prune, or Not to
-Prune" (arXiv 1710.01878); Li et al. 2017, "Pruning Filters for Efficient ConvNets" (arXiv 1608.08710); Dohare et al. 2024, "Loss
-of plasticity in deep continual learning" (Nature 632), for the utility of a unit.
+Sources: Qi, Brown & Lowe 2018, imprinting (arXiv 1712.07136); Fisher 1936, the discriminant; Zhu & Gupta 2017 and
+Li et al. 2017, pruning (arXiv 1710.01878, 1608.08710); Dohare et al. 2024, the utility of a unit (Nature 632).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -41,14 +39,13 @@ def outside_autocast(function: Callable) -> Callable:
     return wrapped
 
 
-# ---- growing --------------------------------------------------------------------------------------------------------
+# ---- growing ----
 
 
 def linear_of(head: nn.Module) -> nn.Linear:
-    """The nn.Linear (or subclass) inside `head`, out of the wrappers of torch.compile and DataParallel.
+    """The nn.Linear inside `head`, out of the wrappers of torch.compile and DataParallel.
 
-    Raises ValueError where weight and bias are not plain parameters: lazy layers, weight norm, other parametrizations, torch's own
-    pruning. Other parameters of a subclass are left alone.
+    Raises ValueError where weight and bias are not plain parameters: lazy layers, parametrizations, torch's pruning.
     """
     while not isinstance(head, nn.Linear):
         inner = next((getattr(head, name) for name in ("_orig_mod", "module") if hasattr(head, name)), None)
@@ -58,7 +55,7 @@ def linear_of(head: nn.Module) -> nn.Linear:
     plain = head._parameters  # what parametrizations and torch.nn.utils.prune replace is not among these
     if plain.get("weight") is None or "bias" not in plain or torch.nn.parameter.is_lazy(head.weight):
         raise ValueError(
-            "the weight and bias of the head must be plain parameters: remove weight norm, pruning or laziness first"
+            "the head's weight and bias must be plain parameters: remove weight norm or pruning first"
         )
     return head
 
@@ -72,36 +69,33 @@ def rows_of(head: nn.Linear) -> list[nn.Parameter]:
 def grow_head(head: nn.Module, optimizer: torch.optim.Optimizer | None, count: int = 1) -> None:
     """Add `count` units to a linear layer, in place, in the middle of training.
 
-    The parameters stay the same objects, so that parameter groups, hooks and whatever else refers to them still do. The old rows
-    keep their values, gradients and optimizer state (momentum, second moments), so that their next update is what it would have
-    been. A new row has a random direction, the mean length of the old rows, no bias, and a state of zeros. Before anything is
-    changed, raises ValueError for count < 1, for a head that is not a plain linear layer (`linear_of`), and for an optimizer whose
-    state is not one value for each weight (Adafactor, LBFGS).
+    The parameters stay the same objects, so that parameter groups and hooks still hold. The old rows keep values,
+    gradients and optimizer state (momentum, second moments), so that their next update is what it would have been. A
+    new row has a random direction, the mean length of the old rows, no bias, and a state of zeros. Raises ValueError,
+    before anything is changed, for count < 1, for a head that is not a plain linear layer (`linear_of`), and for an
+    optimizer whose state is not one value for each weight (Adafactor, LBFGS).
     """
     head = linear_of(head)
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    for old in rows_of(head) if optimizer is not None else ():
-        for key, value in optimizer.state.get(old, {}).items():
-            if torch.is_tensor(value) and value.numel() > 1 and value.shape != old.shape:
-                raise ValueError(
-                    f"cannot grow the state '{key}' of {type(optimizer).__name__}; use SGD, Adam, AdamW or RMSprop"
-                )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("cannot grow a layer that LBFGS trains; use SGD, Adam, AdamW or RMSprop")
+    states = {p: optimizer.state.get(p, {}) if optimizer is not None else {} for p in rows_of(head)}
+    sized = [(p, v) for p in states for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
+    if isinstance(optimizer, torch.optim.LBFGS) or any(v.shape != p.shape for p, v in sized):
+        raise ValueError(
+            f"cannot grow what {type(optimizer).__name__} trains; use SGD, Adam, AdamW or RMSprop"
+        )
     for p in rows_of(head):
         rows = p.new_zeros(count, *p.shape[1:])  # (count, D) or (count)
         if p.ndim > 1:
             length = p.norm(dim=1).mean() if len(p) else 1.0
             rows = F.normalize(torch.randn_like(rows), dim=1) * length
-        state, grad, shape = optimizer.state.get(p, {}) if optimizer is not None else {}, p.grad, p.shape
-        for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == shape:
-                state[key] = torch.cat([value, torch.zeros_like(rows, dtype=value.dtype)])
-        p.grad, new = None, torch.cat([p.data, rows])
+        for key, value in states[p].items():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                states[p][key] = torch.cat([value, torch.zeros_like(rows, dtype=value.dtype)])
+        grad, new, p.grad = p.grad, torch.cat([p.data, rows]), None
         p.data = p.data.to(
-            torch.float64 if p.dtype != torch.float64 else torch.float32
-        )  # autograd forgets the old shape
+            torch.float32 if p.dtype == torch.float64 else torch.float64
+        )  # autograd forgets the shape
         p.data = new
         p.grad = None if grad is None else torch.cat([grad, torch.zeros_like(rows)])
     head.out_features += count
@@ -109,7 +103,7 @@ def grow_head(head: nn.Module, optimizer: torch.optim.Optimizer | None, count: i
 
 @torch.no_grad()
 def recycle_unit(head: nn.Module, optimizer: torch.optim.Optimizer | None, unit: int) -> None:
-    """Reset a unit: a random direction of the mean length of the other rows, no bias, gradient and optimizer state of zeros.
+    """Reset a unit: a random direction, the mean length of the other rows, no bias, gradient and state of zeros.
 
     Raises IndexError for a unit that is not there, and ValueError as `grow_head` does.
     """
@@ -140,11 +134,12 @@ def imprint(
 ) -> None:
     """Point a unit at embeddings h [n,D] of its class, so that the class can be predicted at once.
 
-    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows (Qi, Brown & Lowe 2018). The mean of few
-    images lies close to everything. Given others [m,D], embeddings of images of other classes, the row is therefore turned to where
-    its class differs from them (`discriminant`), and the bias keeps the mean logit of h, or lowers it until the unit wins at most
-    the share `tolerance` of the others (or one image more, at a tie) from its rivals (bool [U], the units that answer; None: all).
-    Without a bias the unit cannot be held back, so `others` is ignored. The optimizer state is left alone.
+    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows (Qi, Brown & Lowe
+    2018). The mean of few images lies close to everything. Given others [m,D], embeddings of images of other
+    classes, the row is therefore turned to where its class differs from them (`discriminant`), and the bias
+    keeps the mean logit of h, or lowers it until the unit wins at most the share `tolerance` of the others
+    (or one image more, at a tie) from its rivals (bool [U], the units that answer; None: all). Without a bias
+    the unit cannot be held back, so `others` is ignored. The optimizer state is left alone.
     """
     inner = linear_of(head)
     if not 0 <= unit < inner.out_features or not len(h):
@@ -177,10 +172,12 @@ def imprint(
 
 
 def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:
-    """The direction [D] in which the mean embedding `own` [D] of a class differs from the others [m,D], relative to their spread.
+    """The direction [D] in which the mean embedding `own` [D] of a class differs from the others [m,D],
+    relative to their spread.
 
-    Fisher's linear discriminant (1936): solve(S, own - mean(others)), where S is the covariance of the others around the means of
-    their kinds (int64 [m], >= 0), shrunk towards its mean variance because the others are few.
+    Fisher's linear discriminant (1936): solve(S, own - mean(others)), where S is the covariance of the others
+    around the means of their kinds (int64 [m], >= 0), shrunk towards its mean variance because the others are
+    few.
     """
     total = others.new_zeros(int(kind.max()) + 1, others.shape[1]).index_add_(0, kind, others)  # (kinds, D)
     around = others - (total / kind.bincount().clamp(min=1)[:, None])[kind]  # (m, D)
@@ -192,7 +189,7 @@ def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0
     )
 
 
-# ---- owners ---------------------------------------------------------------------------------------------------------
+# ---- owners ----
 
 
 class Units:
@@ -217,7 +214,8 @@ class Units:
         return torch.tensor([place.get(c, -1) for c in range(num_classes)], device=self.utility.device)
 
     def in_use(self, taught: Tensor) -> Tensor:
-        """Which units speak: those of classes that have a label (taught: bool [C]), and the unnamed ones. bool [U]."""
+        """Which units speak: those of classes that have a label (taught: bool [C]), and the unnamed ones.
+        bool [U]."""
         taught = taught.tolist()
         return torch.tensor(
             [c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner], device=self.utility.device
@@ -232,7 +230,8 @@ class Units:
         self.utility.lerp_(p.detach().mean(0), 0.01)
 
     def redundant(self) -> int | None:
-        """A unit that may be used again: nobody's, else a mature unnamed one that is hardly ever chosen. Never one with a class."""
+        """A unit that may be used again: nobody's, else a mature unnamed one that is hardly ever chosen.
+        Never one with a class."""
         if FREE in self.owner:
             return self.owner.index(FREE)
         idle = [u for u in self.unnamed() if self.age[u] >= self.mature]
@@ -242,7 +241,8 @@ class Units:
     def allocate(
         self, head: nn.Linear, optimizer: torch.optim.Optimizer | None, owner: int
     ) -> tuple[int, str]:
-        """A unit for `owner`, "recycled" if there is a redundant one, else "grown". Changes the head in place."""
+        """A unit for `owner`, "recycled" if there is a redundant one, else "grown". Changes the head in
+        place."""
         unit = self.redundant()
         if unit is None:
             unit, how = head.out_features, "grown"
@@ -258,85 +258,76 @@ class Units:
         return unit, how
 
 
-# ---- confusion ------------------------------------------------------------------------------------------------------
+# ---- confusion ----
 
 
 class ConfusionMonitor:
-    """Finds a concept that has no unit yet: images that no unit claims, look after look, and that resemble each other.
+    """Finds a kind that has no unit yet: images that no label claims, look after look, and that resemble each
+    other.
 
-    What claims an image are the names around it (`claim`): labels leak at random, so that the neighbourhood of a named kind holds
-    them at a known rate, and that of a kind which nobody names holds hardly any, however sure the softmax is. What is too few
-    follows from the known classes themselves (`threshold`).
+    An image is claimed by the labels around it (`claim`). Labels leak at random, so that the neighbourhood of
+    a named kind holds them at a known rate and that of a nameless kind hardly any, however sure the softmax
+    is. The known classes themselves say how few are too few (`threshold`).
 
-    n: images in all; at_least: images that make a concept, as a share (0.3) of the images looked at for each class that has a name,
-    and never fewer than 20; patience: looks in a row in which an image must be unclaimed (2); cooldown: looks after an opening in
-    which nothing else is opened (2); chance: largest probability that labels which leak at random avoid the concept so well (0.02, for
-    it is asked anew at every look)
+    n: number of images; at_least: images that make a kind, as a share (0.2) of the images looked at per named
+    class, and never fewer than 20; patience: looks in a row in which an image must be unclaimed (2);
+    cooldown: looks after a find in which nothing else is found (2), so that a new unit spreads over its kind
+    before the next is looked for; chance: the largest probability that randomly leaking labels avoid a named
+    kind so well (0.02, asked every look)
     """
 
     def __init__(
-        self,
-        n: int,
-        at_least: float = 0.3,
-        patience: int = 2,
-        cooldown: int = 2,
-        chance: float = 0.02,
-        device: torch.device | str = "cpu",
+        self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.02, device: torch.device | str = "cpu"
     ):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(
-            n, dtype=torch.long, device=device
-        )  # looks in a row in which nobody claimed the image
-        self.concept = torch.full((n,), -1, device=device)  # the unit that an image helped to open
-        self.cooldown_left = 0  # looks to wait
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks in a row without a claim
+        self.concept = torch.full((n,), -1, device=device)  # the unnamed unit that an image belongs to
+        self.cooldown_left, self.settled = 0, False
 
+    @outside_autocast
     def find_concept(
         self, index: Tensor, claims: Tensor, limit: float, h: Tensor, known_h: Tensor, known_y: Tensor
     ) -> Tensor | None:
-        """Which of the images `index` int64 [W] are a concept without a unit; None if there is none. Call it once an epoch.
+        """Which of the images `index` int64 [W] are a kind without a unit, as places in `index`. Call it once
+        an epoch.
 
-        claims [W]: from `claim`, unclaimed below `limit` (`threshold`); h [W,D]: their embeddings; known_h [L,D], known_y [L]: of
-        labelled images, whose resemblance to their own class says what resembling means. Around a concept there are at most two
-        thirds of the labels that a named one would have, and too few by more than chance. Returns the places in `index` of the
-        less claimed half of it, the surer ones. As long as nothing is labelled, nothing is missed.
+        claims [W]: from `claim`, unclaimed below `limit` (`threshold`); h [W,D]: embeddings; known_h [L,D],
+        known_y [L]: of labelled images, whose spread says how near each other two images of a kind are.
+        Around a kind there are at most two thirds of the labels that a named one would have, and fewer than
+        chance explains. None: there is none.
         """
-        if not len(known_y):
-            return None
-        at_least = max(20, round(self.at_least * len(index) / len(known_y.unique())))
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
-        again = (self.streak[index] >= self.patience).nonzero()[:, 0]
-        if self.cooldown_left or len(again) < at_least:
+        again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), places in index
+        at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
+        if self.cooldown_left or len(again) < at_least or not len(known_y):
             return None
-        unit, known, reach = (
-            F.normalize(h.float(), dim=1),
-            F.normalize(known_h.float(), dim=1),
-            resemblance(known_h, known_y),
-        )
-        rows = unit[
-            again
-        ]  # two are alike if they could lie at `reach` from one centre, in directions of their own
-        alike = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])
-        centre = F.normalize(rows[rows @ rows[alike.argmax()] > reach**2].mean(0), dim=0)
-        near = unit @ centre > reach
+        unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
+        reach, rows = resemblance(known_h, known_y), unit[again]  # (A, D)
+        # Two images are similar if their cosine exceeds reach**2, the expected cosine of two members of one
+        # class.
+        similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
+        centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
+        near = unit @ centre > reach  # (W)
         group, found = again[near[again]], (known @ centre > reach).sum()
         expected = (near.sum() + found) * len(known) / (len(unit) + len(known))
         by_chance = torch.special.gammaincc(
             found + 1.0, expected.float()
-        )  # Poisson: at most `found` where `expected` are due
+        )  # Poisson: at most `found`, `expected` due
         if len(group) < at_least or found > 2 / 3 * expected or by_chance > self.chance:
             return None
         self.cooldown_left = self.cooldown + 1
-        return group[claims[group].argsort()[: (len(group) + 1) // 2]]
+        return group
 
 
 @outside_autocast
 def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
-    """How far the names around an image claim it: float32 [n], near 0 where there are none, about 1 amid a class that has a name.
+    """How far the names around an image claim it: float32 [n], near 0 where there are none, about 1 amid a
+    class that has a name.
 
-    h [n,D]: embeddings; pool_h [M,D]: of images to compare with, of which `named` (bool [M]) have a label. It is the density of
-    named images over the density of all images, both by the kernel exp(cosine / temperature), relative to the share of named ones.
-    NaN where there is none.
+    h [n,D]: embeddings; pool_h [M,D]: of images to compare with, of which `named` (bool [M]) have a label. It
+    is the density of named images over the density of all images, both by the kernel exp(cosine /
+    temperature), relative to the share of named ones. NaN where there is none.
     """
     pool_h, claims = F.normalize(pool_h.float(), dim=1), []
     for part in h.split(1000):
@@ -347,9 +338,11 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 
 @outside_autocast
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
-    """The claim below which an image is unknown: that of the share `reject` of the named images, each as if it had no label.
+    """The claim below which an image is unknown: that of the share `reject` of the named images, each as if
+    it had no label.
 
-    pool_h [M,D], named bool [M]: as in `claim`. About that share of all images of the known classes will be taken for unknown.
+    pool_h [M,D], named bool [M]: as in `claim`. About that share of all images of the known classes will be
+    taken for unknown.
     """
     if named.sum() < 2:
         return float("-inf")
@@ -362,7 +355,8 @@ def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: 
 
 @outside_autocast
 def resemblance(h: Tensor, y: Tensor) -> float:
-    """The cosine to the mean of the others of their class that three quarters of the embeddings h [L,D] of classes y [L] reach.
+    """The cosine to the mean of the others of their class that three quarters of the embeddings h [L,D] of
+    classes y [L] reach.
 
     1, which nothing reaches, where no class has two of them.
     """
@@ -373,16 +367,30 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
-# ---- the life of a head ---------------------------------------------------------------------------------------------
+@outside_autocast
+def two_means(h: Tensor) -> tuple[float, Tensor]:
+    """Split embeddings h [n,D] in two by k-means: the cosine of the two centres, and bool [n], which are
+    in the second half."""
+    from sklearn.cluster import KMeans
+
+    unit = F.normalize(h.float(), dim=1)
+    second = torch.from_numpy(KMeans(2, n_init=3, random_state=0).fit_predict(unit.cpu().numpy()) == 1).to(
+        h.device
+    )
+    return float(F.cosine_similarity(unit[second].mean(0), unit[~second].mean(0), dim=0)), second
+
+
+# ---- the life of a head ----
 
 
 class HeadManager:
     """Opens, names, recycles and imprints the units of a head, in a network and in its EMA together.
 
-    networks: the network, its EMA and the optimizer (or None); embed(network, index): embeddings [n,D] of training images;
-    y: int64 [N], their classes or -1, read where a label is known and for the event log; watched: int64, a random subset of the
-    images, in which unknown classes are looked for; classes: their names; owner: of each unit, see `Units`.
-    A `pool` says what an epoch offers: bool [N] active, labelled, labelled_before, bool [C] taught, taught_before.
+    networks: the network, its EMA and the optimizer (or None); embed(network, index): embeddings [n,D] of
+    training images; y: int64 [N], their classes or -1, read where a label is known and for the event log;
+    watched: int64, a random subset of the images, in which unknown classes are looked for; classes: their
+    names; owner: of each unit, see `Units`. A `pool` says what an epoch offers: bool [N] active, labelled,
+    labelled_before, bool [C] taught, taught_before.
     """
 
     def __init__(
@@ -420,7 +428,8 @@ class HeadManager:
         self.events, self.given = saved["events"], saved["given"]
 
     def names(self, taught: Tensor) -> list[str | None]:
-        """The name that each unit answers with: a person's, that of a class with a label (taught: bool [C]), or None."""
+        """The name that each unit answers with: a person's, that of a class with a label (taught: bool
+        [C]), or None."""
         own = [self.classes[c] if c >= 0 and taught[c] else None for c in self.units.owner]
         return [self.given.get(unit, name) for unit, name in enumerate(own)]
 
@@ -442,59 +451,140 @@ class HeadManager:
         return self.ema.head(h).masked_fill(~self.units.in_use(taught), float("-inf"))
 
     def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-        """For embeddings h [N,D]: the best unit among all in use, and the best class among those with a label. int64 [N] each."""
+        """For embeddings h [N,D]: the best unit among all in use, and the best class among those with a
+        label. int64 [N] each."""
         owner, logits = self.units.owners(), self.logits(h, taught)
         return logits.argmax(1), owner[logits.masked_fill(owner < 0, float("-inf")).argmax(1)]
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
-        """The images whose claims are computed, and the labelled ones (bool [N]) they are compared with: indices int64 [M]."""
+        """The images whose claims are computed, and the labelled ones (bool [N]) they are compared with:
+        indices int64 [M]."""
         chosen = labelled.clone()
         chosen[self.watched] = True
         return (chosen & pool.active).nonzero()[:, 0]
 
     def discover(self, pool, h: Tensor) -> Tensor:
-        """Open an unnamed unit for images that no label claims, epoch after epoch, and that resemble each other.
+        """Give each kind that no label claims, epoch after epoch, a unit without a name; review the units
+        there are.
 
-        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: the unnamed unit an image votes for, UNKNOWN, or -1 (no vote).
+        As long as labels leak, a unit is provisional: its images teach no name, and when the labels have
+        settled, all is looked at afresh. h: unit embeddings [N,D] by the EMA. Returns int64 [N]: the unnamed
+        unit that an image votes for, UNKNOWN, or -1 for no vote.
         """
         votes = torch.full_like(self.y, -1)
         if not pool.labelled_before.any():
             return votes
-        index = self.neighborhood(pool, pool.labelled_before)
-        near_h, labelled, watched = h[index], pool.labelled_before[index], index[~pool.labelled[index]]
-        claims, limit = claim(h[watched], near_h, labelled), threshold(near_h, labelled)
-        best = self.predict(h[watched], pool.taught_before)[0]
-        unclaimed = claims < limit
+        monitor, concept = self.monitor, self.monitor.concept
+        index = self.neighborhood(pool, pool.labelled_before)  # (M)
+        near_h, labelled, watched = (
+            h[index],
+            pool.labelled_before[index],
+            index[~pool.labelled[index]],
+        )  # (M, D) (M) (W)
+        claims, limit = claim(h[watched], near_h, labelled), threshold(near_h, labelled)  # (W)
+        unclaimed, known_h, known_y = (
+            claims < limit,
+            near_h[labelled],
+            self.y[index[labelled]],
+        )  # (W), (L, D), (L)
 
         self.units.age = [age + 1 for age in self.units.age]
-        member = torch.full_like(watched, -1)  # the unnamed unit that a watched image belongs to
-        for u in self.units.unnamed():
-            mine = unclaimed & ((best == u) | (self.monitor.concept[watched] == u))
-            if mine.sum() < 10:  # labels around these images have come to claim them
-                self.release(u)
-            else:
-                member[mine] = u
-        claims[member >= 0] = math.inf
-        group = self.monitor.find_concept(
-            watched, claims, limit, h[watched], near_h[labelled], self.y[index[labelled]]
-        )
+        before, monitor.settled = monitor.settled, not (pool.labelled & ~pool.labelled_before).any()
+        for unit in self.units.unnamed() if monitor.settled and not before else ():
+            if unit not in self.given:
+                self.release(unit)
+        self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
+        self.review_units(pool, watched[~unclaimed], h)
+        claims[concept[watched] >= 0] = math.inf
+        group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)
         if group is not None:
-            new, _ = self.open_unit(pool, UNNAMED, watched[group])
-            member[member == new] = -1  # a recycled unit stood for something else
-            member[group] = self.monitor.concept[watched[group]] = new
-            true = self.y[watched[group]].bincount()  # for the event log only
-            self.log("opened", new, int(true.argmax()), len(group), float(true.max() / len(group)))
+            surest = watched[
+                group[claims[group].argsort()[: (len(group) + 1) // 2]]
+            ]  # the half that is claimed least
+            unit, _ = self.open_unit(pool, UNNAMED, surest)
+            concept[watched[group]] = unit
+            self.log_unit("opened", unit, surest)
+        member = concept[watched] if monitor.settled else torch.full_like(watched, -1)
         votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
         return votes
 
+    def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:
+        """Assign the unclaimed of the watched images to the unnamed unit whose centre is nearest, if its
+        cosine is above `reach`."""
+        concept, unnamed = self.monitor.concept, self.units.unnamed()
+        centres = {u: F.normalize(h[concept == u].mean(0), dim=0) for u in unnamed if (concept == u).any()}
+        concept.fill_(-1)
+        if centres:
+            units, unknown = torch.tensor(list(centres), device=h.device), watched[unclaimed]
+            cosine, nearest = (h[unknown] @ torch.stack(list(centres.values())).T).max(1)  # (unknown images)
+            concept[unknown] = torch.where(cosine > reach, units[nearest], -1)
+        for unit in unnamed:
+            if (
+                concept == unit
+            ).sum() < 10 and unit not in self.given:  # labels have come to claim its images
+                self.release(unit)
+
+    def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
+        """Merge two unnamed units that hold one kind, and split one that holds two.
+
+        The measure is how far apart k-means puts the two halves of a known class: a unit is split if its
+        halves are farther apart than those of any known class, and two units are merged if they are nearer to
+        each other than is usual. claimed: int64, images that belong to known classes, by prediction.
+        """
+        concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]
+        parts = [h[claimed[guess == c]] for c in guess.unique()]
+        usual = torch.tensor([two_means(part)[0] for part in parts if len(part) >= 20])
+        if not len(usual):
+            return
+        for a, b in itertools.combinations(self.units.unnamed(), 2):
+            here, there = concept == a, concept == b
+            if (
+                here.any()
+                and there.any()
+                and F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.median()
+            ):
+                kept, gone = (
+                    (a, b) if (a in self.given, here.sum()) >= (b in self.given, there.sum()) else (b, a)
+                )
+                if gone not in self.given:
+                    self.log_unit("merged", gone, (concept == gone).nonzero()[:, 0])
+                    concept[concept == gone] = kept
+                    self.units.owner[gone] = FREE
+        for unit in self.units.unnamed():
+            index = (concept == unit).nonzero()[:, 0]
+            if len(index) < 40 or unit in self.given:
+                continue
+            cosine, second = two_means(h[index])
+            second = second if second.sum() <= len(index) / 2 else ~second
+            if cosine < usual.min() and second.sum() >= 20:
+                new, _ = self.open_unit(pool, UNNAMED, index[second])
+                concept[index[second]] = new
+                self.log_unit("split", new, index[second])
+                self.imprint_ema(pool, unit, index[~second])
+
+    def log_unit(self, event: str, unit: int, index: Tensor) -> None:
+        """An event of an unnamed unit with the images `index`, and what they truly are where that is known
+        (for the log only)."""
+        true = self.y[index][self.y[index] >= 0].bincount()
+        known = len(true) > 0
+        self.log(
+            event,
+            unit,
+            int(true.argmax()) if known else None,
+            len(index),
+            float(true.max() / true.sum()) if known else None,
+        )
+
     def release(self, unit: int) -> None:
+        """The unit stands for nothing any more and is the first to be used again."""
         self.units.owner[unit] = FREE
+        self.monitor.concept[self.monitor.concept == unit] = -1
         self.log("released", unit)
 
     def open_unit(self, pool, owner: int, index: Tensor) -> tuple[int, str]:
         """A unit for `owner`, imprinted with the images `index`; "grown" or "recycled"."""
         unit, how = self.units.allocate(self.network.head, self.optimizer, owner)
-        self.monitor.concept[self.monitor.concept == unit] = -1
+        self.monitor.concept[self.monitor.concept == unit] = -1  # what it stood for before
         if how == "grown":
             grow_head(self.ema.head, None)
         for name, parameter in self.network.head.named_parameters():
@@ -504,20 +594,19 @@ class HeadManager:
         return unit, how
 
     def imprint_ema(self, pool, unit: int, index: Tensor) -> None:
-        """Only the EMA, which answers, is kept apart from the other classes: that bias would hold the network's own unit back."""
+        """Only the EMA, which answers, is kept apart from the other classes: that bias would hold the
+        network's own unit back."""
         others = (pool.labelled_before & (self.y != self.units.owner[unit])).nonzero()[:, 0]
-        others = others[
-            torch.randperm(len(others), generator=torch.Generator().manual_seed(self.seed))[:1000].to(
-                others.device
-            )
-        ]
-        h, other_h = self.embed(self.ema, index), self.embed(self.ema, others)
-        imprint(self.ema.head, unit, h, other_h, rivals=self.units.in_use(pool.taught_before))
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.seed))[:1000]
+        other_h = self.embed(self.ema, others[order.to(others.device)]) if len(others) else None
+        rivals = self.units.in_use(pool.taught_before)
+        imprint(self.ema.head, unit, self.embed(self.ema, index), other_h, rivals=rivals)
 
     def name_class(self, pool, c: int, votes: Tensor) -> None:
         """Give class c, whose first labels have come, a unit.
 
-        The unnamed unit that most of its labelled images fall into; else the one it had from the start; else a recycled or new one.
+        The unnamed unit that most of its labelled images fall into; else the one it had from the start; else
+        a recycled or new one.
         """
         units, index = self.units, (pool.labelled & (self.y == c)).nonzero()[:, 0]
         with torch.no_grad():
@@ -543,13 +632,15 @@ class HeadManager:
             self.log(how, unit, c, len(index))
 
 
-# ---- pruning --------------------------------------------------------------------------------------------------------
+# ---- pruning ----
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that may be pruned, by name: those of linear and convolutional layers and the inputs of attention.
+    """The weights that may be pruned, by name: those of linear and convolutional layers and the inputs of
+    attention.
 
-    Not biases, norms, layer scales, class tokens and position embeddings, of which some are small without being useless.
+    Not biases, norms, layer scales, class tokens and position embeddings, of which some are small without
+    being useless.
     """
     weights = {}
     for name, module in model.named_modules():
@@ -565,7 +656,8 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def smallest(size: Tensor, share: float) -> Tensor:
-    """Which of the values [n] belong to the smallest round(share n): bool [n]. Raises ValueError for a share outside 0..1."""
+    """Which of the values [n] belong to the smallest round(share n): bool [n]. Raises ValueError for a
+    share outside 0..1."""
     if not 0 <= share <= 1:
         raise ValueError(f"sparsity must be in 0..1, not {share}")
     chosen = torch.zeros(len(size), dtype=torch.bool, device=size.device)
@@ -575,10 +667,11 @@ def smallest(size: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude, over all layers together.
+    """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude, over all
+    layers together.
 
-    Returns masks {parameter name: bool, True = kept} for `apply_masks`. Weights that are zero already are the first to
-    go, so a rising sparsity only ever adds to what is pruned. Raises ValueError outside 0..1.
+    Returns masks {parameter name: bool, True = kept} for `apply_masks`. Weights that are zero already are the
+    first to go, so a rising sparsity only ever adds to what is pruned. Raises ValueError outside 0..1.
     """
     weights = prunable(model)
     gone = smallest(
@@ -591,7 +684,8 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """The convolutions of a chain conv, norm, ReLU, ..., each with its batch norm, by name; not the last, whose filters are the output."""
+    """The convolutions of a chain conv, norm, ReLU, ..., each with its batch norm, by name; not the last,
+    whose filters are the output."""
     if not isinstance(model, nn.Sequential):
         raise ValueError(
             "whole filters can be pruned in a plain chain of layers only (cnn, vgg-small, vgg11, vgg16)"
@@ -604,12 +698,14 @@ def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
-    """Zero the fraction `share` (0..1) of the filters of a chain of convolutions with the smallest norm, with their batch norm.
+    """Zero the fraction `share` (0..1) of the filters of a chain of convolutions with the smallest norm, with
+    their batch norm.
 
-    Those of the last layer, which are the embedding, are left alone and do not count.
-    Norms are compared over all layers together, each relative to the mean of its layer, whose largest filter always stays. A dead
-    filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `model.compact` can remove it. Returns
-    masks for `apply_masks`. Raises ValueError outside 0..1 and for a model that is not a chain.
+    Those of the last layer, which are the embedding, are left alone and do not count. Norms are compared over
+    all layers together, each relative to the mean of its layer, whose largest filter always stays. A dead
+    filter's output is exactly zero (its batch norm's scale and shift are masked too), so that `model.compact`
+    can remove it. Returns masks for `apply_masks`. Raises ValueError outside 0..1 and for a model that is not
+    a chain.
     """
     layers = filter_layers(model)
     norms = [model.get_submodule(conv).weight.flatten(1).norm(dim=1) for conv, _ in layers]
@@ -632,7 +728,8 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
 
 
 def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no wider than `before`."""
+    """Prune a share of whole filters and then the smallest weights, dead filters included; the masks, no
+    wider than `before`."""
     masks = dict(before)
     for new in (prune_filters(model, filters) if filters else {}, prune_smallest(model, sparsity)):
         for name, mask in new.items():

@@ -297,9 +297,6 @@ def train(args: argparse.Namespace, dataset: data.Dataset, saved: dict | None, e
             votes = head.discover(pool, h) if stage.discovery else votes
         if epoch or earlier:
             name_new_classes(args, state, dataset, pool, votes)
-        if not stage.discovery:
-            for unit in head.units.unnamed():
-                head.release(unit)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
 
         # 2. Clusters and pseudo-labels.
