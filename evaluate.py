@@ -253,7 +253,7 @@ def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: T
 def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
     """Figures for summary.json from (embeddings [N,D], classes [N]) of training and test images and the log.
 
-    Training images of class -1 are left out; budget: bool [N], labels that may leak; known: names of the old classes.
+    Class -1 is left out; budget: bool [N], training labels that may leak; known: names of the old classes.
     """
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
@@ -604,7 +604,7 @@ def draw_life(rows, events, classes, path):
 
 
 def draw_curricula(schedules, path):
-    """Schedules side by side, {name: the Stage of every epoch}: classes and labels as shares, the mix as weights."""
+    """Schedules {name: the Stage of every epoch} side by side: classes and labels as shares, the mix."""
     across, total = min(3, len(schedules)), max(s.classes for stages in schedules.values() for s in stages)
     down = -(-len(schedules) // across)
     with figure(path, 4.3 * across, 0.8 + 3.1 * down, down, across, squeeze=False) as (fig, axes):

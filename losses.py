@@ -1,10 +1,10 @@
-"""The losses of gradual supervision, each a pure function, and the memory that the neighbour losses search.
+"""The losses of gradual supervision, each a pure function, and the memory that neighbour losses search.
 
     nt_xent             each image is its own class              SimCLR                   arXiv 2002.05709
     local_aggregation   neighbours in one cluster move together  Local Aggregation        arXiv 1903.12355
     propagate_labels    labelled neighbours vote for a label     Local Label Propagation  arXiv 1905.11581
     propagation         and the winning label is learned         the same
-    supervised          cross-entropy over the units active so far
+    supervised          cross-entropy over the active units
 
     loss = nt_xent(z1, z2) + supervised(logits, onehot)
 
@@ -106,10 +106,7 @@ def nt_xent(
 
 
 class MemoryBank:
-    """A running mean of each image's embeddings: float32 unit rows [n,dim], zeros until the first update.
-
-    momentum: weight of the old row, 0..1.
-    """
+    """Running means of embeddings: unit rows [n,dim], zeros at first; momentum: of the old row, 0..1."""
 
     def __init__(self, n: int, dim: int, momentum: float = 0.5, device: torch.device | str = "cpu"):
         check(n=n, dim=dim)
@@ -120,7 +117,7 @@ class MemoryBank:
 
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
-        """row_i <- normalize(momentum row_i + (1 - momentum) z_i) for the images index int64 [B]; z [B,dim].
+        """row_i <- normalize(momentum row_i + (1 - momentum) z_i); index int64 [B], z [B,dim].
 
         If an image occurs twice, the mean of its embeddings counts.
         """
@@ -150,8 +147,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm on x [N,D] -> cluster of each row int64 [N], centres float32 [min(k,N),D].
 
-    Starts from 4k random rows. The first two iterations each drop half of the centres: those that can join an
-    earlier centre at the least cost. generator: on the device of x.
+    Starts from 4k random rows; the first two iterations drop half of the centres each, those whose rows can
+    join an earlier centre at the least cost. generator: on the device of x.
     """
     check(x=(x, "N D float"), k=k)
     x, k = x.float(), min(k, len(x))
@@ -159,16 +156,12 @@ def kmeans(
     centres = x[order[: k * min(4, 2**iterations)]]
     for _ in range(iterations):
         index = nearest_centre(x, centres)
-        count = index.bincount(minlength=len(centres))
+        count = index.bincount(minlength=len(centres))[:, None]
         total = torch.zeros_like(centres).index_add_(0, index, x)
-        centres = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], centres)
+        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
         if (n := len(centres)) > k:
-            later = torch.arange(n, device=x.device)
-            apart = [
-                torch.cdist(centres[p], centres).masked_fill(later >= later[p, None], math.inf)
-                for p in chunks(n, n)
-            ]
-            cost = count * torch.cat([part.amin(1) for part in apart]).square()
+            near = [(1 / torch.cdist(centres[p], centres)).tril(p.start - 1).amax(1) for p in chunks(n, n)]
+            cost = count[:, 0] / torch.cat(near).square()
             centres = centres[cost.topk(max(k, n // 2)).indices]
     return nearest_centre(x, centres), centres
 
@@ -232,8 +225,7 @@ def local_aggregation(
     pseudo-labels, negative where an image takes no part. B_i: the `background` bank rows nearest to z_i; C_i:
     the images that share a cluster with i in any row; both without i itself.
 
-        loss_i = log sum_{j in B_i} exp(m_j . z_i / temperature)
-               - log sum_{j in B_i and C_i} exp(m_j . z_i / temperature)
+        loss_i = log sum_{j in B_i} exp(m_j . z_i / tau) - log sum_{j in B_i and C_i} exp(m_j . z_i / tau)
 
     The nearest neighbour stands in where none is in C_i; an image without neighbours has loss 0.
     background: the size of B_i, or what `neighbours` returned, to share one search among losses.
@@ -241,7 +233,7 @@ def local_aggregation(
     check(bank=(bank.rows, "N D float"), clusters=(clusters, "H N int64"), temperature=temperature)
     if not isinstance(background, tuple):
         background = neighbours(z, index, bank, (clusters >= 0).any(0), background)
-    near, similarity = background
+    near, similarity = background  # (B, k)
     check(index=(index, "B int64"), background=(near, "B k int64"), similarity=(similarity, "B k float"))
     there = near >= 0
     close = torch.zeros_like(there)
@@ -257,9 +249,9 @@ def local_aggregation(
 
 
 def align(votes: Tensor, expected: Tensor, rounds: int = 10) -> Tensor:
-    """Scale the columns of votes [N,C], whose rows sum to 1, until their means are as expected [C] in proportion.
+    """Scale the columns of votes [N,C], whose rows sum to 1, until their means are proportional to expected.
 
-    A column with expected 0 keeps its mean. Distribution alignment (arXiv 1911.09785).
+    Columns with expected [C] 0 keep their mean. Distribution alignment (arXiv 1911.09785).
     """
     votes, expected = votes.float(), expected.float()
     mean, due = votes.mean(0), expected > 0
@@ -283,14 +275,12 @@ def propagate_labels(
 
     bank_rows: unit rows [N,D]; labels: int64 [N], read only where labelled (bool [N]) is true.
 
-        vote_c = sum over the k labelled neighbours l with label c of exp(m_l . m_i / temperature) /
-        density(l) density(l) = sum over the density_k rows j != l nearest to l of exp(m_l . m_j /
-        temperature)
+        vote_c = sum over the k labelled neighbours l with label c of exp(m_l . m_i / tau) / density(l)
+        density(l) = sum over the density_k rows j != l nearest to l of exp(m_l . m_j / tau)
 
     balance: True divides the votes of each class by its number of labels; a tensor [C], how many rows each
     class should get (0: not known), also aligns them with it. Returns the pseudo-label int64 [N] with most
-    votes and its share of them [N]. Labelled rows keep their label with confidence 1; without any, all get -1
-    and 0.
+    votes and its share of them [N]. Labelled rows keep their label, with 1; without any, all get -1 and 0.
     """
     check(bank_rows=(bank_rows, "N D float"), labels=(labels, "N int64"), labelled=(labelled, "N bool"))
     check(k=k, density_k=density_k, temperature=temperature)
