@@ -1,4 +1,4 @@
-"""The losses of gradual supervision, each a pure function, and the memory that neighbour losses search.
+"""The losses of gradual supervision, each a pure function, and the memory that they search.
 
     nt_xent             each image is its own class              SimCLR                   arXiv 2002.05709
     local_aggregation   neighbours in one cluster move together  Local Aggregation        arXiv 1903.12355
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-CHUNK_BYTES = 64 << 20  # of a block of similarities; no search builds an [N, N] matrix
+CHUNK_BYTES = 64 << 20  # of similarities; no search builds an [N, N] matrix
 
 
 def check(**arguments) -> None:
@@ -136,7 +136,7 @@ class MemoryBank:
 
 
 def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
-    """The nearest of the centres [k,D] to each row of x [N,D]: int64 [N]. Chunked."""
+    """The nearest of the centres [k,D] to each row of x [N,D]: int64 [N]."""
     half = centres.square().sum(1) / 2
     return torch.cat([product(x[p], centres.T).sub_(half).argmax(1) for p in chunks(len(x), len(centres))])
 

@@ -1,14 +1,18 @@
-"""What a run survives: SIGKILL at random moments, Ctrl-C, and a disk that fills up.
+"""What a run survives: SIGKILL at random moments, interrupts, and a disk that fills up.
 
-    python benchmarks/kill.py                                    # twenty runs, about a quarter of an hour on two cores
-    python benchmarks/kill.py --runs 3 --out kill.json
+    python benchmarks/kill.py                                 # thirty runs, about a quarter of an hour
+    python benchmarks/kill.py --kills 1 --interrupts 1 --disks 0 --out kill.json
 
-One uninterrupted run of train.py is the reference. Every other run is stopped and resumed until it ends by itself, and then
-compared with the reference bit by bit: the checkpoint's tensors (weights, momentum, masks, memory bank), log.csv and
-summary.json, all but the times, and the names of the files. A run is killed two or three times, each moment uniform in what the
-reference would still have needed, start-up included; a run that ends before its second kill does not count and begins anew.
-Ctrl-C must end with status 130 and the command that goes on, a full disk (a small tmpfs, for which one must be root) with status
-2 and one line, and once there is space again the run must end as the reference did.
+One uninterrupted run of train.py is the reference. Every other run is stopped, resumed until it ends by
+itself, and compared with the reference bit by bit: the tensors and values of its checkpoint (weights,
+momentum, masks, memory bank, events), log.csv, events.csv and summary.json, all but times and settings.
+Pictures are counted.
+
+A run is killed two or three times, each moment uniform in what the reference would still have needed,
+start-up included; a run that ends before its last kill does not count and is made again. SIGINT, SIGTERM
+and SIGHUP, in turn, must end a run with status 130 and the command that goes on. On a full disk (a small
+tmpfs, which takes root) it must end with status 2 and one line, and once there is space it must end as the
+reference did.
 """
 
 import argparse
@@ -29,30 +33,28 @@ import torch
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 EPOCHS = 8
-SETTINGS = f"--dataset digits --per-class 20 --batch-size 32 --label-budget 0.2 --embedding pca --epochs {EPOCHS}".split()
+SETTINGS = "--dataset digits --per-class 20 --batch-size 32 --label-budget 0.2 --embedding pca".split()
+SETTINGS += ["--epochs", str(EPOCHS)]
 TIMES = ("seconds", "images_per_second")
-PHASES = ("before the run began", "before the first checkpoint", "between checkpoints", "in the final figures", "after the end")
+PHASES = (
+    *("before the run began", "before the first checkpoint", "between checkpoints"),
+    *("before the summary", "after the summary"),
+)
 DISK = 16 << 20  # bytes
 
 
-def command(out: Path) -> list[str]:
-    """What somebody would type: --resume if the folder holds a run, else the run from its beginning."""
-    settings = ["--resume"] if (out / "args.json").exists() else SETTINGS
-    return [sys.executable, str(TRAIN), *settings, "--out", str(out)]
-
-
 def launch(out: Path) -> subprocess.Popen:
-    """Begin or go on with the run in `out`, on one thread."""
+    """Begin the run in `out`, or go on with it, on one thread."""
+    flags = ["--resume", str(out)] if begun(out) else [*SETTINGS, "--out", str(out)]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command(out), env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes
+    )
 
 
-def to_the_end(out: Path) -> None:
-    """Begin or go on with the run in `out`, which must end well."""
-    process = launch(out)
-    errors = process.communicate()[1]
-    if process.returncode:
-        raise SystemExit(f"kill.py: error: {out} ended with status {process.returncode}: {errors}")
+def begun(out: Path) -> bool:
+    """Whether a folder holds the settings of a run."""
+    return (out / "args.json").exists() and (out / "args.json").stat().st_size > 0
 
 
 def epochs_done(out: Path) -> int:
@@ -63,83 +65,82 @@ def epochs_done(out: Path) -> int:
 
 def phase(out: Path) -> str:
     """How far a run came that was stopped."""
-    if not (out / "args.json").exists():
-        return PHASES[0]
-    if (out / "summary.json").exists():
-        return PHASES[4]
     done = epochs_done(out)
-    return PHASES[1] if not done else PHASES[2] if done < EPOCHS else PHASES[3]
+    if not done:
+        return PHASES[1 if begun(out) else 0]
+    return PHASES[4 if (out / "summary.json").exists() else 3 if done == EPOCHS else 2]
 
 
 def same(a, b) -> bool:
     """Whether two values are equal, tensors in them bit by bit."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in TIMES)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
 def outcome(out: Path) -> dict:
-    """All that a finished run leaves, but for its times and its own name."""
+    """All that a finished run leaves, but for its settings and pictures."""
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    with open(out / "log.csv", newline="") as file:
-        log = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-    summary = {key: value for key, value in json.loads((out / "summary.json").read_text()).items() if key not in TIMES}
-    parts = {key: value for key, value in checkpoint.items() if key not in ("args", "rows")}
-    return {"checkpoint": parts, "log": log, "summary": summary, "files": sorted(path.name for path in out.iterdir())}
+    return {
+        **{f"checkpoint: {key}": value for key, value in checkpoint.items() if key != "args"},
+        "log.csv": list(csv.DictReader((out / "log.csv").read_text("utf-8").splitlines())),
+        "events.csv": (out / "events.csv").read_bytes(),
+        "summary.json": json.loads((out / "summary.json").read_text("utf-8")),
+    }
 
 
-def difference(out: Path, reference: dict) -> str:
-    """Which parts of a finished run are not those of the reference, or "identical"."""
-    parts = outcome(out)
-    return ", ".join(name for name in reference if not same(parts[name], reference[name])) or "identical"
+def finish(out: Path, reference: Path) -> dict:
+    """Let a stopped run end; which of its parts differ from the reference's, and the pictures it lacks."""
+    process = launch(out)
+    errors = process.communicate()[1].strip().replace(str(out), "RUN")
+    if process.returncode:
+        return {"result": f"status {process.returncode}: {errors}"}
+    parts, expected = outcome(out), outcome(reference)
+    different = [name for name in expected if name not in parts or not same(parts[name], expected[name])]
+    lacks = {path.name for path in reference.glob("*.png")} - {path.name for path in out.glob("*.png")}
+    return {"result": ", ".join(different) or "identical", "lacks": sorted(lacks)}
 
 
-def killed_run(out: Path, wanted: int, duration: float, training: float, draw: random.Random) -> list[dict] | None:
-    """Kill a run `wanted` times and let it end; the kills, or None if it ended before."""
+def kill(out: Path, duration: float, training: float, draw: random.Random) -> dict | None:
+    """Kill a run two or three times; when, or None if it ended before."""
     kills = []
-    while len(kills) < wanted:
-        done = epochs_done(out)
-        after = draw.uniform(0, duration - training * done / EPOCHS)
+    for _ in range(draw.choice((2, 2, 3))):
+        after = draw.uniform(0, duration - training * epochs_done(out) / EPOCHS)
         process = launch(out)
         try:
             process.communicate(timeout=after)
-            if process.returncode:
-                raise SystemExit(f"kill.py: error: {out} ended with status {process.returncode}")
             return None
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-        kills.append({"after_seconds": round(after, 2), "phase": phase(out), "epochs_done": epochs_done(out)})
-    to_the_end(out)
-    return kills
+        kills.append({"after_seconds": round(after, 2), "phase": phase(out), "epochs": epochs_done(out)})
+    return {"kills": kills, "told": "; ".join(f"{k['phase']} ({k['epochs']})" for k in kills)}
 
 
-def interrupted_run(out: Path, training: float, draw: random.Random) -> dict | None:
-    """Ctrl-C once the run has begun, and let it end; None if it ended before."""
+def interrupt(out: Path, sent: signal.Signals, after: float) -> dict | None:
+    """Send a run a signal some seconds after it has begun; how it ended, or None if it did before."""
     process = launch(out)
-    while process.poll() is None and not (out / "args.json").exists():
+    while process.poll() is None and not begun(out):
         time.sleep(0.01)
-    time.sleep(draw.uniform(0, training))
-    process.send_signal(signal.SIGINT)
-    lines = process.communicate()[1].split("\n")
-    if process.returncode == 0:
-        return None
-    result = {"phase": phase(out), "status": process.returncode, "line": " ".join(filter(None, lines)).replace(str(out), "DIR")}
-    to_the_end(out)
-    return result
+    time.sleep(after)
+    process.send_signal(sent)
+    line = process.communicate()[1].strip().replace(str(out), "RUN")
+    good = process.returncode == 130 and line == "train.py: stopped; go on with: python train.py --resume RUN"
+    told = f"{sent.name} {phase(out)} ({epochs_done(out)}): status {process.returncode}, {line}"
+    return None if process.returncode == 0 else {"good": good, "told": told}
 
 
-def full_disk(disk: Path, free: int, finished: Path | None = None) -> dict:
-    """Run on a disk with `free` bytes, then free the rest and let it end. finished: a run to copy there up to its last epoch."""
-    out, ballast = disk / "run", disk / "ballast"
+def fill(out: Path, free: int, finished: Path | None) -> dict:
+    """Run with `free` bytes on the disk, then free the rest. finished: a run to copy up to its last epoch."""
     if finished:
         out.mkdir()
-        for name in ("args.json", "checkpoint.pt", "log.csv"):
+        for name in ("args.json", "checkpoint.pt", "log.csv", "events.csv"):
             shutil.copy(finished / name, out)
+    ballast = out.parent / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         try:
             while True:
@@ -147,84 +148,92 @@ def full_disk(disk: Path, free: int, finished: Path | None = None) -> dict:
         except OSError:
             file.truncate(max(0, file.tell() // 4096 * 4096 - free))
     process = launch(out)
-    line = process.communicate()[1].strip().replace(str(out), "DIR")
-    result = {"free": free, "phase": phase(out), "status": process.returncode, "line": line}
+    line = process.communicate()[1].strip().replace(str(out), "RUN")
     ballast.unlink()
-    to_the_end(out)
-    return result
+    good = process.returncode == 2 and "No space left" in line and "\n" not in line
+    told = f"{free:,} bytes free, {phase(out)}: status {process.returncode}, {line}"
+    return {"good": good, "told": told}
+
+
+def full_disks(root: Path, count: int) -> list[dict]:
+    """Runs on a full disk; none if it cannot be mounted."""
+    reference, disk, runs = root / "reference", root / "disk", []
+    disk.mkdir()
+    size = (reference / "checkpoint.pt").stat().st_size
+    for free, finished in ((0, None), (size // 2, None), (size * 3 // 2, None), (64 << 10, reference))[
+        :count
+    ]:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)]
+        if error := subprocess.run(mount, capture_output=True, text=True).stderr.strip():
+            print(f"full disk: skipped, {error}")
+            break
+        try:
+            runs.append(fill(disk / "run", free, finished) | finish(disk / "run", reference))
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        print(f"full disk {len(runs)}/{count}  {runs[-1]['result']:10s}  {runs[-1]['told']}", flush=True)
+    return runs
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill, interrupt and starve runs; count those that end as if nothing had been.")
-    parser.add_argument("--runs", type=int, default=20, help="killed runs")
-    parser.add_argument("--interrupts", type=int, default=5, help="runs stopped by Ctrl-C")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, default="results/kill.json", help="where the counts go")
+    """Stop runs, compare them, write the counts; the exit status says whether all was well."""
+    parser = argparse.ArgumentParser(description="Kill, interrupt and starve runs and compare how they end.")
+    parser.add_argument("--kills", type=int, default=20, help="killed runs (20)")
+    parser.add_argument("--interrupts", type=int, default=6, help="interrupted runs (6)")
+    parser.add_argument("--disks", type=int, default=4, help="runs on a full disk, up to 4 (4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument(
+        "--out", type=Path, default="results/kill.json", help="the counts (results/kill.json)"
+    )
     args = parser.parse_args()
-    draw = random.Random(args.seed)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child that inherits an ignored SIGINT would not stop
+    draw, signals = random.Random(args.seed), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for sent in signals:  # a child that inherits an ignored signal would not stop
+        signal.signal(sent, signal.default_int_handler)
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        began = time.perf_counter()
-        to_the_end(root / "reference")
-        duration = time.perf_counter() - began
-        reference = outcome(root / "reference")
-        with open(root / "reference/log.csv", newline="") as file:
-            training = sum(float(row["seconds"]) for row in csv.DictReader(file))
+        reference, began = root / "reference", time.perf_counter()
+        process = launch(reference)
+        errors = process.communicate()[1]
+        if process.returncode:
+            raise SystemExit(f"kill.py: error: the reference ended with: {errors}")
+        duration, runs = time.perf_counter() - began, {}
+        training = sum(float(row["seconds"]) for row in outcome(reference)["log.csv"])
         print(f"reference: {duration:.1f} s, of which {training:.1f} s in {EPOCHS} epochs\n", flush=True)
 
-        def repeat(name: str, times: int, attempt) -> list[dict]:
-            """`attempt` that many times in new folders; those that ended too early do not count."""
-            done, number = [], 0
-            while len(done) < times:
+        def repeat(name: str, times: int, attempt) -> None:
+            """`attempt` that many times in new folders; a run that ended too early does not count."""
+            runs[name], number = [], 0
+            while len(runs[name]) < times:
                 out, number = root / f"{name}-{number}", number + 1
-                result = attempt(out)
-                if result is None:
-                    continue
-                done.append(result | {"result": difference(out, reference)})
-                told = "; ".join(f"{k['phase']} ({k['epochs_done']})" for k in result["kills"]) if "kills" in result else result["phase"]
-                print(f"{name} {len(done):3d}/{times}   {done[-1]['result']:10s}  {told}", flush=True)
-            return done
+                if stopped := attempt(out, len(runs[name])):
+                    runs[name].append(stopped | finish(out, reference))
+                    told = f"{runs[name][-1]['result']:10s}  {stopped['told']}"
+                    print(f"{name} {len(runs[name])}/{times}  {told}", flush=True)
 
-        def kill(out: Path) -> dict | None:
-            kills = killed_run(out, draw.choice((2, 2, 3)), duration, training, draw)
-            return kills and {"kills": kills}
+        repeat("killed", args.kills, lambda out, i: kill(out, duration, training, draw))
+        repeat(
+            "interrupted",
+            args.interrupts,
+            lambda out, i: interrupt(out, signals[i % 3], draw.uniform(0, training)),
+        )
+        runs["full disk"] = full_disks(root, args.disks)
 
-        killed = repeat("SIGKILL", args.runs, kill)
-        interrupted = repeat("SIGINT ", args.interrupts, lambda out: interrupted_run(out, training, draw))
-
-        disk, full = root / "disk", []
-        disk.mkdir()
-        size = (root / "reference/checkpoint.pt").stat().st_size
-        cases = ((0, None), (size // 2, None), (size * 3 // 2, None), (64 << 10, root / "reference"))
-        for free, finished in cases:
-            mount = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(disk)], capture_output=True, text=True)
-            if mount.returncode:
-                print(f"full disk: skipped, {mount.stderr.strip()}")
-                break
-            try:
-                full.append(full_disk(disk, free, finished) | {"result": difference(disk / "run", reference)})
-            finally:
-                subprocess.run(["umount", str(disk)], check=True)
-            print(f"full disk, {free:9,d} bytes free   {full[-1]['result']:10s}  {full[-1]['line']}", flush=True)
-
-    phases = collections.Counter(kill["phase"] for run in killed for kill in run["kills"])
-    clean = [r["status"] == 130 and r["line"].startswith("stopped; go on with: ") for r in interrupted]
-    told = [r["status"] == 2 and "No space left" in r["line"] and "\n" not in r["line"] for r in full]
-    identical = [sum(r["result"] == "identical" for r in results) for results in (killed, interrupted, full)]
-    counts = {
-        "sigkill": {"runs": len(killed), "kills": phases.total(), **{p: phases[p] for p in PHASES}, "identical": identical[0]},
-        "sigint": {"runs": len(interrupted), "status 130 and the way on": sum(clean), "identical": identical[1]},
-        "full disk": {"runs": len(full), "status 2 and one line": sum(told), "identical": identical[2]} if full else "skipped",
-    }
+    phases = collections.Counter(kill["phase"] for run in runs["killed"] for kill in run["kills"])
+    counts = {name: {"runs": len(each)} for name, each in runs.items()}
+    counts["killed"] |= {"kills": phases.total()} | {name: phases[name] for name in PHASES}
+    for name, each in runs.items():
+        counts[name]["ended with the right status and line"] = sum(run.get("good", True) for run in each)
+        counts[name]["identical"] = sum(run["result"] == "identical" for run in each)
+        counts[name]["with all pictures"] = sum(run.get("lacks") == [] for run in each)
     report = {"command": ["train.py", *SETTINGS], "reference_seconds": round(duration, 1), "counts": counts}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report | {"killed": killed, "interrupted": interrupted, "full_disk": full}, indent=2) + "\n")
+    args.out.write_text(json.dumps(report | runs, indent=2) + "\n")
     print()
     for name, count in counts.items():
-        print(f"{name:10s}", count if isinstance(count, str) else ", ".join(f"{value} {key}" for key, value in count.items()))
-    return int(not (all(clean) and all(told) and sum(identical) == len(killed) + len(interrupted) + len(full)))
+        print(f"{name:12s}", ", ".join(f"{value} {key}" for key, value in count.items()))
+    every = [run for each in runs.values() for run in each]
+    return int(not all(run["result"] == "identical" and run.get("good", True) for run in every))
 
 
 if __name__ == "__main__":

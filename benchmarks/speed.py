@@ -1,41 +1,47 @@
 """Images a second of the training step, beside the bare network and beside the usual ways to write SimCLR.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py                                   # all three networks, on the GPU if there is one
-    python benchmarks/speed.py --models vgg-small --sizes        # and the cost against the number of training images
-    python benchmarks/speed.py --models vgg-small --run          # and a whole short run on all of CIFAR-10
+    python benchmarks/speed.py                             # three networks, on the GPU if there is one
+    python benchmarks/speed.py --models vgg-small --sizes  # and the cost by the number of training images
+    python benchmarks/speed.py --models vgg-small --run    # and a short run on CIFAR-10, an epoch in parts
+    python benchmarks/speed.py --models vgg-small --busy   # and a step beside a busy process
 
     a    the network alone: both views ready in memory, forward, backward, step, in our precision
-    a'   a with a compiled encoder, as with --compile
-    b    a and our two views and NT-Xent: SimCLR
-    c    the whole gradual step: b, local aggregation, propagation, supervision, masks, memory; 10,000 images, 10 % labels
-    d    SimCLR as in lightly's documentation: its SimCLRTransform and NTXentLoss, a DataLoader with two workers, float32
+    b    a with our two views and NT-Xent: SimCLR
+    c    the gradual step of train.py at the end of its curriculum; 10,000 images, 10 % of the labels
+    d    SimCLR as in lightly's documentation: its transform and loss, a DataLoader with two workers, float32
     d'   d in our precision and memory format
     e    a hand-written loop: torchvision's transforms on PIL images, a DataLoader with two workers, float32
 
-All train the same network with the same batch and the same strength of augmentation; an image counts once, though it is seen
-in two views. Each contestant is a process of its own, so that its peak memory is its own and only ours has our allocator
-settings. They take turns, in an order that rotates from round to round, and a ratio is the median of its ratios within one
-round: what disturbs the machine for longer than a turn disturbs both sides. A turn has LEAD untimed steps and then the timed
-ones. A loader's turn is one epoch of its persistent workers with as many batches behind the timed ones as the workers fetch
-ahead: they are as busy in the last timed step as in the first, and rest while the others are timed. On a GPU c repeats recorded
-steps (`train.Recorded`), as train.py does; a and b are started by Python there, so that their ratios to c say little.
+All train the same network with the same batch and the same strength of augmentation. An image counts once,
+though it is seen in two views. Each contestant is a process of its own, so that its peak memory is its
+own, and only ours has our allocator settings and OMP_WAIT_POLICY=PASSIVE. They take turns, in an order
+that rotates from round to round, and a ratio is the median of the ratios within a round: a disturbance
+that lasts longer than a turn affects both sides. A turn has LEAD untimed steps, then the timed ones. A
+turn of a loader is one epoch of its persistent workers, with as many batches after the timed ones as the
+workers fetch ahead: they are as busy in the last timed step as in the first, and idle while the others are
+timed. On a GPU, c replays CUDA graphs as train.py does; Python starts the kernels of a and b, so that
+their ratios to c say little.
+
+--busy times c with and without OMP_WAIT_POLICY=PASSIVE, alone and beside a process that keeps one core
+busy.
 """
 
 import argparse
-import copy
 import importlib.util
 import os
 import platform
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -44,40 +50,62 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import augment  # noqa: E402
-import curriculum  # noqa: E402
-import data  # noqa: E402
-import grow_prune  # noqa: E402
-import losses  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
+import augment
+import curriculum
+import data
+import grow_prune
+import losses
+import model
+import train
 
+ROOT = Path(__file__).resolve().parents[1]
 LEAD = 4  # untimed steps at the start of a turn
 SIZES = [1_000, 10_000, 50_000, 200_000]  # training images
 WORKERS, PREFETCH = 2, 2  # of a DataLoader; batches each worker fetches ahead, torch's default
 CONTESTANTS = {
     "a": "network alone",
-    "a'": "network alone, compiled",
     "b": "our SimCLR step",
     "c": "our gradual step",
     "d": "lightly, as documented",
     "d'": "lightly, our precision",
     "e": "torchvision by hand",
 }
-RATIOS = (("a'", "a"), ("b", "a"), ("c", "a"), ("b", "d"), ("b", "d'"), ("b", "e"))
-INSTALL = "pip install -r benchmarks/requirements.txt"
+RATIOS = (("b", "a"), ("c", "a"), ("b", "d"), ("b", "d'"), ("b", "e"))
+BUSY = {  # name: OMP_WAIT_POLICY, whether another process is busy
+    "default": (None, False),
+    "passive": ("PASSIVE", False),
+    "default, busy": (None, True),
+    "passive, busy": ("PASSIVE", True),
+}
+BUSY_RATIOS = (
+    *(("passive", "default"), ("passive, busy", "default, busy")),
+    *(("default, busy", "default"), ("passive, busy", "passive")),
+)
+PARTS = {  # of an epoch, by the functions that train.py calls for them
+    (train.State, "embed"): "embeddings",
+    (grow_prune.HeadManager, "discover"): "discovery",
+    (train, "make_targets"): "clusters and votes",
+    (grow_prune, "prune"): "pruning",
+    (model, "recompute_batchnorm"): "batch norm",
+    (train, "evaluate_epoch"): "evaluation",
+    (data, "write_atomically"): "files",
+    (train, "finish"): "at the end",
+}
 
 
 @dataclass
 class Job:
-    """What a contestant is given. images: uint8 [M,3,32,32], labels: int64 [M], repeated or cut to n; steps: timed ones a turn."""
+    """What a contestant is given.
+
+    images: uint8 [M,3,32,32], labels: int64 [M], both repeated or cut to n; steps: timed ones in a turn;
+    policy: its OMP_WAIT_POLICY; busy: whether another process keeps a core busy in its turns.
+    """
 
     contestant: str
     model: str
@@ -87,29 +115,33 @@ class Job:
     batch_size: int
     steps: int
     device: str
+    policy: str | None
+    busy: bool = False
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def dataset(self) -> data.Dataset:
         """The n images and labels, on the device."""
         index = torch.arange(self.n) % len(self.images)
-        return torch.from_numpy(self.images)[index].to(self.device), torch.from_numpy(self.labels)[index].to(self.device)
+        x, y = (torch.from_numpy(part)[index] for part in (self.images, self.labels))
+        names, statistics = [str(c) for c in range(10)], data.channel_statistics(x[:1000])
+        return data.Dataset(x, y, x[:1], y[:1], names, *statistics, True, True, (0.2, 1.0)).to(self.device)
 
 
-# ---- contestants: generators that make one training step between two yields -----------------------------------------
+# ---- contestants: generators that make one training step between two yields ----
 
 
 def ours(job: Job) -> tuple[model.Network, torch.optim.Optimizer, torch.autocast]:
-    """Network, optimiser and precision as train.py has them."""
+    """Network, optimizer and precision as train.py has them."""
     device = torch.device(job.device)
     network = model.build(job.model, 10).to(device, memory_format=torch.channels_last)
-    return network, train.optimizer_for(network, 0.01), torch.autocast(device.type, torch.bfloat16, enabled=train.has_bf16(device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=model.supports_bf16(device))
+    return network, model.configure_optimizer(network, 0.01), autocast
 
 
 def bare(job: Job) -> Iterator[None]:
-    """a and a'"""
+    """a"""
     network, optimizer, autocast = ours(job)
-    if job.contestant == "a'":
-        network.encoder.compile()
-    x = torch.rand(2 * job.batch_size, 3, 32, 32, device=job.device).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(2 * job.batch_size, 3, 32, 32, device=job.device)
+    x = x.contiguous(memory_format=torch.channels_last)
     while True:
         with autocast:
             _, z, logits = network(x)
@@ -122,15 +154,14 @@ def bare(job: Job) -> Iterator[None]:
 def simclr(job: Job) -> Iterator[None]:
     """b"""
     network, optimizer, autocast = ours(job)
-    images, _ = job.tensors()
+    images, draws = job.dataset().train_x, torch.Generator().manual_seed(0)
     generator = torch.Generator(job.device).manual_seed(0)
     everything = torch.ones(job.n, dtype=torch.bool, device=job.device)
     while True:
-        for index in data.batches(everything, everything, job.batch_size, 100, 0.0, torch.Generator().manual_seed(0)):
-            view1, view2 = augment.two_views(images[index], generator=generator)
-            x = torch.cat([view1, view2]).contiguous(memory_format=torch.channels_last)
+        for index in data.batches(everything, everything, job.batch_size, 100, 0.0, draws):
+            x = torch.cat(augment.two_views(images[index], generator=generator))
             with autocast:
-                _, z, _ = network(x)
+                _, z, _ = network(x.contiguous(memory_format=torch.channels_last))
             optimizer.zero_grad()
             losses.nt_xent(*z.chunk(2)).backward()
             optimizer.step()
@@ -138,83 +169,79 @@ def simclr(job: Job) -> Iterator[None]:
 
 
 def gradual(job: Job) -> Iterator[None]:
-    """c: the step of train.py at the end of its curriculum. Clusters and votes are random; what they are costs the step nothing."""
-    device, n = torch.device(job.device), job.n
-    network, optimizer, _ = ours(job)
-    images, y = job.tensors()
-    dataset = data.Dataset(images, y, images, y, [], (), (), flip=True, color=True, scale=(0.2, 1.0))
+    """c: what the clusters and the votes are costs the step nothing, so that they are random."""
+    dataset = job.dataset()
+    y, device = dataset.train_y, dataset.train_x.device
+    state = train.State(argparse.Namespace(model=job.model, image_size=32, lr=0.01, seed=0), dataset, 10)
     stage = curriculum.stage("gradual", 99, 100, 10, 7, 0.1, 0.8)
     labelled = data.label_mask(data.leak_order(y, 0), y, stage.label_fraction, range(stage.named))
-    everything, units = torch.ones(n, dtype=torch.bool, device=device), grow_prune.Units(range(10), device=device)
-    bank, monitor = losses.MemoryBank(n, network.projector[-1].out_features, device=device), grow_prune.ConfusionMonitor(n, device=device)
-    bank.rows = F.normalize(torch.randn(bank.rows.shape, device=device), dim=1)
-    args = argparse.Namespace(batch_size=job.batch_size)
-    run = train.Run(args, dataset, y, train.has_bf16(device), network, copy.deepcopy(network), optimizer, bank, units, monitor)
-    run.masks = grow_prune.prune_smallest(network.encoder, stage.sparsity)
-    lesson = train.Lesson(
+    everything = torch.ones_like(labelled)
+    state.bank.rows = F.normalize(torch.randn_like(state.bank.rows), dim=1)
+    state.masks = grow_prune.prune_smallest(state.network.encoder, stage.sparsity)
+    targets = train.Targets(
         mix=stage.mix,
         active=everything,
         in_use=torch.ones(10, dtype=torch.bool, device=device),
         label=torch.where(labelled, y, -1),
         pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
-        confidence=torch.rand(n, device=device),
-        clusters=torch.randint(max(2, round(n / 42)), (3, n), device=device),
+        confidence=torch.rand(job.n, device=device),
+        clusters=torch.randint(max(2, round(job.n / 42)), (3, job.n), device=device),
     )
-    record = torch.zeros(100, len(train.TERMS), device=device)
     draws, generator = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-    functions = train.step_functions(run, lesson, generator)
+    step = partial(train.train_step, state, dataset, targets, 0.99, generator)
+    functions = [partial(step, turn) for turn in range(losses.searched(job.n)[1])]
+    if device.type == "cuda":
+        functions = model.capture(functions, state.optimizer, generator)
+    record = torch.zeros(100, len(train.TERMS), device=device)
+    order = (everything, labelled, job.batch_size, len(record), stage.labelled_share, draws)
+    state.network.train()
     while True:
-        for step, index in enumerate(data.batches(everything, labelled, job.batch_size, 100, stage.labelled_share, draws)):
-            train.set_learning_rate(optimizer, curriculum.learning_rate(0.7, 0.01))
-            for term, loss in functions[step % len(functions)](index).items():
-                record[step, train.TERMS.index(term)] = loss
+        for i, index in enumerate(data.batches(*order)):
+            model.set_learning_rate(state.optimizer, curriculum.learning_rate(0.7, 0.01))
+            record[i] = functions[i % len(functions)](index)
             yield
 
 
 class Pictures(Dataset):
-    """PIL images through a transform, as torchvision's CIFAR10 gives them."""
+    """Images uint8 [N,3,H,W] as PIL images through a transform, as torchvision's data sets give them."""
 
-    def __init__(self, job: Job, transform):
-        self.images, self.labels, self.transform = np.ascontiguousarray(job.images.transpose(0, 2, 3, 1)), job.labels, transform
+    def __init__(self, images: np.ndarray, transform: Callable):
+        self.images, self.transform = np.ascontiguousarray(images.transpose(0, 2, 3, 1)), transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple:
-        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+    def __getitem__(self, i: int):
+        return self.transform(Image.fromarray(self.images[i]))
 
 
-def turns(job: Job, transform) -> Iterator[list[Tensor] | None]:
-    """Batches from a DataLoader, LEAD + steps a turn; then what the workers fetched ahead is thrown away, and they rest."""
-    use = LEAD + job.steps
-    dataset = Pictures(job, transform)
-    sampler = RandomSampler(dataset, num_samples=(use + WORKERS * PREFETCH) * job.batch_size)
-    pin = job.device.startswith("cuda")
-    loader = DataLoader(
-        dataset, job.batch_size, sampler=sampler, drop_last=True, num_workers=WORKERS, persistent_workers=True, pin_memory=pin
-    )
+def turns(job: Job, transform: Callable) -> Iterator[list[Tensor] | None]:
+    """LEAD + steps batches from a DataLoader, then None, when its workers are idle."""
+    use, pin = LEAD + job.steps, job.device.startswith("cuda")
+    pictures = Pictures(job.images, transform)
+    sampler = RandomSampler(pictures, num_samples=(use + WORKERS * PREFETCH) * job.batch_size)
+    options = dict(num_workers=WORKERS, persistent_workers=True, pin_memory=pin)
+    loader = DataLoader(pictures, job.batch_size, sampler=sampler, drop_last=True, **options)
     while True:
-        for i, (views, _) in enumerate(loader):
+        for i, views in enumerate(loader):
             if i < use:
                 yield [view.to(job.device, non_blocking=pin) for view in views]
         yield None
 
 
-def lightly(job: Job, our_format: bool = False) -> Iterator[None]:
+def lightly(job: Job) -> Iterator[None]:
     """d and d': backbone and projection head, one forward pass a view, as in lightly's example."""
     from lightly.loss import NTXentLoss
     from lightly.transforms import SimCLRTransform
 
-    device = torch.device(job.device)
-    layout = torch.channels_last if our_format else torch.contiguous_format
-    network = model.build(job.model, 10).to(device, memory_format=layout)
-    project = torch.nn.Sequential(network.encoder, network.norm, network.projector)  # the transform normalises
-    criterion = NTXentLoss()
-    optimizer = torch.optim.SGD(project.parameters(), lr=0.06)
-    transform = SimCLRTransform(
-        input_size=32, cj_prob=0.8, cj_strength=0.5, min_scale=0.2, gaussian_blur=0.0, random_gray_scale=0.2, hf_prob=0.5, vf_prob=0.0
-    )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=our_format and train.has_bf16(device))
+    network, _, autocast = ours(job)
+    if job.contestant == "d":
+        network = network.to(memory_format=torch.contiguous_format)
+        autocast = torch.autocast(autocast.device, enabled=False)
+    layout = torch.contiguous_format if job.contestant == "d" else torch.channels_last
+    project = nn.Sequential(network.encoder, network.norm, network.projector)  # the transform normalises
+    criterion, optimizer = NTXentLoss(), torch.optim.SGD(project.parameters(), lr=0.06)
+    transform = SimCLRTransform(input_size=32, cj_strength=0.5, min_scale=0.2, gaussian_blur=0.0)
     for views in turns(job, transform):
         if views:
             with autocast:
@@ -242,7 +269,7 @@ def one_view() -> transforms.Compose:
 class Twice:
     """Two independent views of an image."""
 
-    def __init__(self, transform):
+    def __init__(self, transform: Callable):
         self.transform = transform
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
@@ -264,93 +291,93 @@ def by_hand(job: Job) -> Iterator[None]:
         yield
 
 
-def steps_of(job: Job) -> Iterator[None]:
-    """The contestant's generator."""
-    if job.contestant in ("a", "a'", "b", "c"):
-        train.tune_machine()
-    torch.manual_seed(0)
-    if job.contestant in ("d", "d'"):
-        return lightly(job, our_format=job.contestant == "d'")
-    return {"a": bare, "a'": bare, "b": simclr, "c": gradual, "e": by_hand}[job.contestant](job)
+# ---- taking turns ----
 
 
-# ---- taking turns ---------------------------------------------------------------------------------------------------
-
-
-def resident() -> tuple[float, float]:
-    """MB of memory: the largest this process ever held, and what its workers hold now that they do not share with it.
+def resident() -> tuple[float, float, float]:
+    """MB of memory: what this process holds, the most it ever held, and what its workers hold on their own.
 
     Linux's ru_maxrss will not do: a new process inherits that of its parent.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    private = 0.0
+    status, private = Path("/proc/self/status"), 0.0
+    if not status.exists():
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return peak, peak, 0.0
     for child in active_children():
-        rollup = Path(f"/proc/{child.pid}/smaps_rollup")
-        if rollup.exists():
-            private += sum(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("Private_")) / 2**10
-    return peak, private
+        rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+        private += sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 2**10
+    sizes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
+    held, peak = (int(sizes[name].split()[0]) / 2**10 for name in ("VmRSS", "VmHWM"))
+    return held, peak, private
 
 
 def contest(job: Job, pipe) -> None:
-    """A contestant's process: a turn for every True from the pipe, its seconds sent back; for False, its memory, and the end."""
+    """A contestant's process: for every True from the pipe a turn and its seconds, for False its memory."""
+    steps = {"a": bare, "b": simclr, "c": gradual, "d": lightly, "d'": lightly, "e": by_hand}
     try:
         gpu = job.device.startswith("cuda")
         wait = torch.cuda.synchronize if gpu else lambda: None
-        step = steps_of(job)
-        pipe.recv()
-        began = time.perf_counter()
-        next(step)
-        wait()
-        first = time.perf_counter() - began
-        for _ in range(LEAD + job.steps):  # the rest of a turn that does not count
-            next(step)
-        pipe.send(first)
-        while pipe.recv():
-            for _ in range(LEAD):
-                next(step)
+        if job.policy:
+            train.tune_machine()
+        torch.manual_seed(0)
+        step = steps[job.contestant](job)
+
+        def seconds(count: int) -> float:
             wait()
             began = time.perf_counter()
-            for _ in range(job.steps):
+            for _ in range(count):
                 next(step)
             wait()
-            seconds = time.perf_counter() - began
-            next(step)  # a loader comes to rest
-            wait()
-            pipe.send(seconds)
-        peak, workers = resident()
-        pipe.send(
-            {"peak_mb": peak + workers, "workers_mb": workers, "first_step_s": first}
-            | ({"gpu_mb": torch.cuda.max_memory_allocated() / 2**20} if gpu else {})
-        )
+            return time.perf_counter() - began
+
+        first = None
+        while pipe.recv():
+            lead = seconds(1)
+            first = first or lead
+            seconds(LEAD - 1)
+            timed = seconds(job.steps)
+            if job.contestant in ("d", "d'", "e"):
+                next(step)  # the loader comes to rest
+            pipe.send(timed)
+        _, peak, workers = resident()
+        memory = {"peak_mb": peak + workers, "workers_mb": workers, "first_step_s": first}
+        pipe.send(memory | ({"gpu_mb": torch.cuda.max_memory_allocated() / 2**20} if gpu else {}))
     except Exception:
         pipe.send(traceback.format_exc())
 
 
-def spread(values: list[float]) -> dict:
-    """Median, min and max, and the values."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
+def launch(target: Callable, args: tuple, policy: str | None) -> tuple:
+    """A fresh process with this OMP_WAIT_POLICY, which it has before torch is imported, and a pipe to it."""
+    context, before = get_context("spawn"), os.environ.pop("OMP_WAIT_POLICY", None)
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*args, theirs))
+    os.environ |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    process.start()
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ |= {"OMP_WAIT_POLICY": before} if before else {}
+    theirs.close()
+    return process, pipe
 
 
 def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, dict]:
-    """Let the jobs take turns, after one round that does not count: {name: images_per_second and memory, or why not}."""
-    context = get_context("spawn")
-    results, pipes, processes, speeds = {}, {}, [], {name: [] for name in jobs}
-    for name, job in jobs.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=contest, args=(job, theirs)))
-        processes[-1].start()
-        theirs.close()
+    """Let the jobs take turns, after one that does not count: {name: speed and memory, or why not}."""
+    results, speeds = {}, {name: [] for name in jobs}
+    started = {name: launch(contest, (job,), job.policy) for name, job in jobs.items()}
+    pipes = {name: pipe for name, (_, pipe) in started.items()}
 
     def ask(name: str, question: bool):
+        other = [sys.executable, "-c", "while True: pass"]
+        busy = subprocess.Popen(other) if jobs[name].busy and question else None
         try:
             pipes[name].send(question)
             answer = pipes[name].recv()
         except (EOFError, BrokenPipeError):
             answer = "the process died"
+        finally:
+            if busy:
+                busy.kill()
+                busy.wait()
         if isinstance(answer, str):
             print(f"{name}: {answer}", file=sys.stderr)
             results[name] = {"not_measured": answer.strip().splitlines()[-1]}
@@ -358,104 +385,124 @@ def alternate(jobs: dict[str, Job], rounds: int) -> dict[str, dict]:
             return None
         return answer
 
-    for name in list(pipes):
-        ask(name, True)
-    for r in range(rounds):
+    for turn in range(-1, rounds):
         names = list(pipes)
-        turn = r % max(1, len(names))
-        for name in names[turn:] + names[:turn]:
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
             seconds = ask(name, True)
-            if seconds:
+            if seconds and turn >= 0:
                 speeds[name].append(jobs[name].batch_size * jobs[name].steps / seconds)
     for name in list(pipes):
-        memory = ask(name, False)
-        if memory:
+        if memory := ask(name, False):
             results[name] = {"images_per_second": spread(speeds[name]), **memory}
-    for process in processes:  # what is measured next is alone again
+    for process, _ in started.values():  # what is measured next is alone again
         process.join()
     return {name: results[name] for name in jobs}
+
+
+def spread(values: list[float]) -> dict:
+    """Median, min and max, and the values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
 
 
 def ratio(results: dict, left: str, right: str) -> dict | None:
     """left / right, round by round; None if one of them was not measured."""
     both = [results.get(name, {}).get("images_per_second") for name in (left, right)]
-    return spread([p / q for p, q in zip(*(speeds["rounds"] for speeds in both), strict=True)]) if all(both) else None
+    if not all(both):
+        return None
+    return spread([p / q for p, q in zip(*(speeds["rounds"] for speeds in both), strict=True)])
 
 
-def views(images: np.ndarray, rounds: int) -> dict:
-    """Images a second of one strong view of 256 images on one core: ours, and torchvision's on PIL images, in alternation."""
+def one_core(images: np.ndarray, rounds: int) -> dict:
+    """Images a second of one strong view of 256 images on one core: ours, and torchvision's on PIL images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x = torch.from_numpy(images[:256])
-    pictures, transform = np.ascontiguousarray(images[:256].transpose(0, 2, 3, 1)), one_view()
+    x, pictures = torch.from_numpy(images[:256]), Pictures(images[:256], one_view())
     ways = {
-        "batched": lambda: augment.strong(x),
-        "torchvision": lambda: torch.stack([transform(Image.fromarray(picture)) for picture in pictures]),
+        "batched": (10, lambda: augment.strong(x)),
+        "torchvision": (1, lambda: [pictures[i] for i in range(len(pictures))]),
     }
     speeds = {name: [] for name in ways}
-    for r in range(-1, rounds):
-        for name, way in ways.items():
-            repeats = 10 if name == "batched" else 1
+    for turn in range(-1, rounds):
+        for name, (repeats, way) in ways.items():
             began = time.perf_counter()
             for _ in range(repeats):
                 way()
-            if r >= 0:
+            if turn >= 0:
                 speeds[name].append(repeats * len(x) / (time.perf_counter() - began))
     torch.set_num_threads(threads)
     results = {name: {"images_per_second": spread(values)} for name, values in speeds.items()}
     return results | {"ratio": ratio(results, "batched", "torchvision")}
 
 
-def whole_run(name: str, epochs: int, batch_size: int, pipe) -> None:
-    """The gradual curriculum on all of CIFAR-10 in this process: where its time goes, and the most memory it holds.
+# ---- a whole run ----
 
-    start_up: seconds from the start of the process to the end of the first step, from_disk: the same without Python's imports.
+
+def whole_run(flags: list[str], pipe) -> None:
+    """A gradual run in this process: {seconds of each part, of the first step since Python started, peak_mb}.
+
+    The time of a part that runs inside another one belongs to the outer one; "steps" is the rest.
     """
-    began, spent = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + start_of_process(), {}
+    spent, inside = dict.fromkeys((*PARTS.values(), "first step"), 0.0), []
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    began = boot + ticks / os.sysconf("SC_CLK_TCK")  # of this process
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
-    def timed(what: str, function):
-        def call(*args):
+    def timed(function: Callable, part: str) -> Callable:
+        def call(*args, **options):
+            if inside:
+                return function(*args, **options)
+            inside.append(part)
+            wait()
             start = time.perf_counter()
-            result = function(*args)
-            spent[what] = spent.get(what, 0.0) + time.perf_counter() - start
-            if what == "learn":
-                spent.setdefault("start_up", time.time() - began)
-                spent.setdefault("from_disk", time.perf_counter() - spent["start"])
-            return result
+            try:
+                return function(*args, **options)
+            finally:
+                wait()
+                spent[part] += time.perf_counter() - start
+                inside.clear()
 
         return call
 
-    for owner, what in ((train, "learn"), (train, "measure"), (train.Run, "embed_all"), (train, "finish")):
-        setattr(owner, what, timed(what, getattr(owner, what)))
+    def first(*args):
+        result = step(*args)
+        if not spent["first step"]:
+            wait()
+            spent["first step"] = time.time() - began
+        return result
+
+    step, train.train_step = train.train_step, first
+    for (owner, name), part in PARTS.items():
+        setattr(owner, name, timed(getattr(owner, name), part))
+    begin, seconds = train.train, {}
+
+    def whole(*args):
+        start = time.perf_counter()
+        begin(*args)
+        seconds["whole"] = time.perf_counter() - start
+
+    train.train = whole
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--dataset", "cifar10", "--data-dir", ROOT / "data", "--model", name, "--epochs", epochs, "--batch-size", batch_size]
-        spent["start"] = time.perf_counter()
-        status = train.main([str(flag) for flag in [*flags, "--out", Path(folder) / "run"]])
-        seconds = time.perf_counter() - spent["start"]
-    evaluation = (spent["measure"] + spent["embed_all"]) / (seconds - spent["finish"])
-    result = {"status": status, "start_up": spent["start_up"], "from_disk": spent["from_disk"], "seconds": seconds}
-    result |= {"evaluation_share_of_an_epoch": evaluation}
-    pipe.send(result | {"at_the_end_s": spent["finish"], "peak_mb": resident()[0]})
+        status = train.main([*flags, "--out", f"{folder}/run"])
+    spent["steps"] = seconds.get("whole", 0.0) - sum(spent[part] for part in PARTS.values())
+    pipe.send({"status": status, "seconds": spent, "peak_mb": resident()[1]})
 
 
-def start_of_process() -> float:
-    """Seconds from the start of the machine to the start of this process (Linux)."""
-    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-
-
-# ---- what people see ------------------------------------------------------------------------------------------------
+# ---- what people see ----
 
 
 def machine(device: str) -> dict:
     """The hardware and the versions the figures belong to."""
     cpu = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
-    packages = ["torch", "torchvision", "numpy", "pillow"] + (["lightly"] if importlib.util.find_spec("lightly") else [])
+    packages = ["torch", "torchvision", "numpy", "pillow", "scikit-learn"]
+    packages += ["lightly"] if importlib.util.find_spec("lightly") else []
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-        "bfloat16": train.has_bf16(torch.device(device)),
+        "bfloat16": model.supports_bf16(torch.device(device)),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -470,14 +517,18 @@ def show(title: str, results: dict, labels: dict[str, str]) -> None:
         if "not_measured" in result:
             print(f"  {label:30s}  not measured: {result['not_measured']}")
             continue
-        s = result["images_per_second"]
-        memory = "".join(f"{result[key]:9.0f}" if key in result else f"{'-':>9s}" for key in ("peak_mb", "gpu_mb"))
+        s, sizes = result["images_per_second"], [result.get(key) for key in ("peak_mb", "gpu_mb")]
+        memory = "".join(f"{'-':>9s}" if size is None else f"{size:9.0f}" for size in sizes)
         print(f"  {label:30s} {s['median']:10.0f} {s['min']:8.0f} {s['max']:8.0f} {memory}")
 
 
-def show_ratio(name: str, value: dict | None) -> None:
-    """One line: median (min .. max)."""
-    print(f"  {name:6s} " + ("not measured" if value is None else f"{value['median']:.3f}  ({value['min']:.3f} .. {value['max']:.3f})"))
+def show_ratios(results: dict, pairs: tuple) -> dict[str, dict | None]:
+    """Print and return the ratio of each pair of contestants."""
+    ratios = {f"{left} / {right}": ratio(results, left, right) for left, right in pairs}
+    for name, value in ratios.items():
+        told = [f"{value[key]:.3f}" for key in ("median", "min", "max")] if value else ["not measured"]
+        print(f"  {name:30s} {'  '.join(told)}")
+    return ratios
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray, str]:
@@ -490,90 +541,79 @@ def pictures() -> tuple[np.ndarray, np.ndarray, str]:
         return rng.integers(0, 256, (10_000, 3, 32, 32), np.uint8), rng.integers(0, 10, 10_000), "noise"
 
 
-def flags() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--models", nargs="+", default=["cnn", "vgg-small", "vgg16"], metavar="NAME", help="networks of model.py")
-    add("--rounds", type=int, default=7, metavar="N", help="turns each contestant has, after one that does not count")
-    add("--steps", type=int, default=10, metavar="N", help=f"timed steps a turn, after {LEAD} that are not")
-    add("--batch-size", type=int, default=128, metavar="N", help="images a step; each is seen in two views")
-    add("--sizes", type=int, nargs="*", metavar="N", help=f"also the gradual step with N training images; {SIZES} if none is named")
-    add(
-        "--run",
-        type=int,
-        nargs="?",
-        const=4,
-        metavar="EPOCHS",
-        help="also a whole run on all of CIFAR-10, batch 256; 4 epochs if not given",
-    )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--out", type=Path, default=ROOT / "results" / "speed.json", metavar="FILE", help="where the figures go")
-    return parser
+def flags() -> argparse.Namespace:
+    """The command line."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add("--models", nargs="+", default=["cnn", "vgg-small", "vgg16"], metavar="NAME", help="networks")
+    add("--only", nargs="*", choices=CONTESTANTS, default=[*CONTESTANTS], help="contestants, perhaps none")
+    add("--rounds", type=int, default=7, metavar="N", help="turns of each contestant")
+    add("--steps", type=int, default=10, metavar="N", help=f"timed steps in a turn, after {LEAD} others")
+    add("--batch-size", type=int, default=128, metavar="N", help="images in a step, in two views each")
+    add("--sizes", type=int, nargs="*", metavar="N", help=f"time c with N training images; {SIZES}")
+    add("--run", type=int, nargs="?", const=4, metavar="EPOCHS", help="time a gradual run on CIFAR-10; 4")
+    add("--per-class", type=int, metavar="N", help="with so many images of each class")
+    add("--busy", action="store_true", help="time c alone and beside a busy process")
+    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add("--out", type=Path, default=ROOT / "results" / "speed.json", metavar="FILE", help="the figures")
+    return parser.parse_args()
+
+
+def show_run(name: str, args: argparse.Namespace) -> dict:
+    """Time a whole run, print it and return what `whole_run` measured."""
+    own = ["--dataset", "cifar10", "--data-dir", ROOT / "data", "--model", name, "--epochs", args.run]
+    own += ["--device", args.device, *(["--per-class", args.per_class] if args.per_class else [])]
+    process, pipe = launch(whole_run, ([str(flag) for flag in own],), "PASSIVE")
+    result = pipe.recv() | {"flags": shlex.join(map(str, own[4:])), "epochs": args.run}
+    process.join()
+    seconds = result["seconds"]
+    epoch = sum(seconds.values()) - seconds["at the end"] - seconds["first step"]
+    print(f"\n{name}, {args.run} epochs, seconds an epoch (share), peak {result['peak_mb']:.0f} MB")
+    for part in sorted({*seconds} - {"at the end", "first step"}, key=seconds.get, reverse=True):
+        print(f"  {part:20s} {seconds[part] / args.run:8.2f}  {100 * seconds[part] / epoch:5.1f} %")
+    first, end = seconds["first step"], seconds["at the end"]
+    print(f"  first step {first:.1f} s after Python starts, {end:.1f} s for the figures at the end")
+    return result
 
 
 def main() -> None:
     """Measure, print, write."""
-    args = flags().parse_args()
-
+    args = flags()
     images, labels, source = pictures()
-    results = {
-        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        "machine": machine(args.device),
-        "settings": {"rounds": args.rounds, "steps": args.steps, "batch_size": args.batch_size, "images": source},
-    }
-    print(", ".join(f"{k} {v}" for k, v in results["machine"].items() if k != "versions"))
-    print(", ".join(f"{k} {v}" for k, v in results["machine"]["versions"].items()))
-    print(f"{args.batch_size} images a step, two views each, from {source}; {args.rounds} rounds of {args.steps} steps")
+    settings = {"rounds": args.rounds, "steps": args.steps, "batch_size": args.batch_size, "images": source}
+    results = {"command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])}
+    results |= {"machine": machine(args.device), "settings": settings, "models": {}}
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items()))
+    print(f"{args.batch_size} images a step, from {source}; {args.rounds} rounds of {args.steps} steps")
 
-    def job(contestant: str, name: str, n: int) -> Job:
-        some = slice(0, min(n, len(images)))
-        return Job(contestant, name, images[some], labels[some], n, args.batch_size, args.steps, args.device)
+    def job(contestant: str, name: str, n: int = 10_000) -> Job:
+        policy, some = "PASSIVE" if contestant in "abc" else None, slice(0, min(n, len(images)))
+        sizes = (n, args.batch_size, args.steps)
+        return Job(contestant, name, images[some], labels[some], *sizes, args.device, policy)
 
-    results["models"] = {}
     for name in args.models:
-        missing = () if importlib.util.find_spec("lightly") else ("d", "d'")
-        measured = alternate({c: job(c, name, 10_000) for c in CONTESTANTS if c not in missing}, args.rounds)
-        measured |= {c: {"not_measured": f"lightly is missing; {INSTALL}"} for c in missing}
-        measured = {c: measured[c] for c in CONTESTANTS}
+        measured = alternate({c: job(c, name) for c in args.only}, args.rounds)
         show(name, measured, CONTESTANTS)
-        ratios = {f"{p}/{q}": ratio(measured, p, q) for p, q in RATIOS}
-        for pair, value in ratios.items():
-            show_ratio(pair, value)
-        results["models"][name] = {"contestants": measured, "ratios": ratios}
+        result = {"contestants": measured, "ratios": show_ratios(measured, RATIOS)}
+        if args.sizes is not None:
+            sizes = {f"{n}": job("c", name, n) for n in args.sizes or SIZES}
+            result["sizes"] = alternate(sizes, args.rounds)
+            show(f"{name}: gradual step with N images", result["sizes"], {})
+        if args.busy:
+            jobs = {key: replace(job("c", name), policy=p, busy=b) for key, (p, b) in BUSY.items()}
+            measured = alternate(jobs, args.rounds)
+            show(f"{name}: OMP_WAIT_POLICY", measured, {})
+            result["busy"] = {"turns": measured, "ratios": show_ratios(measured, BUSY_RATIOS)}
+        if args.run:
+            result["run"] = show_run(name, args)
+        results["models"][name] = result
 
-    results["view"] = views(images, args.rounds)
-    print("\none strong view of 256 images on one core, images/s")
-    for way in ("batched", "torchvision"):
-        s = results["view"][way]["images_per_second"]
-        print(f"  {way:30s} {s['median']:10.0f} {s['min']:8.0f} {s['max']:8.0f}")
-    show_ratio("ratio", results["view"]["ratio"])
-
-    if args.sizes is not None:
-        results["sizes"] = {}
-        for name in args.models:
-            measured = alternate({f"{n}": job("c", name, n) for n in args.sizes or SIZES}, args.rounds)
-            show(f"{name}: gradual step with N images", measured, {})
-            results["sizes"][name] = measured
-
-    if args.run:
-        results["runs"] = {}
-        for name in args.models:
-            context = get_context("spawn")
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=whole_run, args=(name, args.run, 256, theirs))
-            process.start()
-            theirs.close()
-            results["runs"][name] = run = pipe.recv() | {"epochs": args.run, "batch_size": 256}
-            process.join()
-            print(f"\n{name}: {run['epochs']} epochs of all of CIFAR-10, batch {run['batch_size']}: {run['seconds']:.0f} s")
-            print(f"  first step done {run['start_up']:.1f} s after Python starts, {run['from_disk']:.1f} s after its imports")
-            print(f"  peak {run['peak_mb']:.0f} MB")
-            share, end = 100 * run["evaluation_share_of_an_epoch"], run["at_the_end_s"]
-            print(f"  evaluation {share:.1f} % of an epoch, and {end:.0f} s at the end")
-
+    results["view"] = one_core(images, args.rounds)
+    show("one strong view on one core", {k: v for k, v in results["view"].items() if k != "ratio"}, {})
+    show_ratios(results["view"], (("batched", "torchvision"),))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    train.write_json(args.out, results)
+    data.write_json(args.out, results)
     print(f"\n{args.out}")
 
 
