@@ -10,7 +10,7 @@
     plan = stage("gradual", epoch=12, epochs=30, num_classes=10)
     plan.classes, plan.named, plan.label_fraction, plan.mix, plan.sparsity
 
-`python curriculum.py` prints the six schedules as tables and draws them to curriculum.png.
+`python curriculum.py` prints the six schedules as tables.
 """
 
 import argparse
@@ -198,16 +198,9 @@ def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the six schedules and draw them."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", default="curriculum.png", metavar="FILE", help="the figure (curriculum.png)")
-    args = parser.parse_args(argv)
-    from evaluate import attempt, draw_curricula
-
+    """Print the six schedules as tables."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     print("\n\n".join(table(name, sparsity=0.8) for name in CURRICULA))
-    schedules = {name: [stage(name, e, 200, 10, sparsity=0.8) for e in range(200)] for name in CURRICULA}
-    if attempt(draw_curricula, schedules, args.out):
-        print(f"\nDrawn to {args.out} (10 classes, label budget 10 %, pruned to 80 %).")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
         raise ValueError(f"part is one of {', '.join(parts)}, not {part!r}")
     fits = x.ndim == 4 and x.shape[1] == 3 and x.shape[2:] == (size or x.shape[2], size or x.shape[3])
     if not fits or x.dtype not in (torch.uint8, torch.float32):
-        raise ValueError(
-            f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H'}, {size or 'W'}]"
-        )
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H, W'}]")
     modes, out = [(module, module.training) for module in network.modules()], []
     try:
         network.eval()
@@ -88,9 +86,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
 
 
 @measured
-def linear_probe(
-    train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2=None, steps=100
-) -> float:
+def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2=None) -> float:
     """Test accuracy (0..1) of logistic regression on frozen embeddings [N,D], standardised.
 
     Minimises mean cross-entropy + l2 |W|^2: scikit-learn's with C = 1 / (2 l2 N). l2: None for the best of
@@ -100,13 +96,13 @@ def linear_probe(
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0)).to(train_y.device)
         held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
         parts = train_h[rest], train_y[rest], train_h[held], train_y[held]
-        l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value, steps))
+        l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value))
     mean, std = train_h.mean(0), train_h.std(0, correction=0).clamp(min=1e-6)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
     linear = nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():  # called with gradients
         optimizer.zero_grad()
@@ -119,17 +115,15 @@ def linear_probe(
 
 
 @measured
-def knn_accuracy(
-    train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k=20, temperature=0.1
-) -> float:
-    """Test accuracy (0..1) of k nearest neighbours by cosine, with votes exp(cosine / temperature)."""
+def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k=20) -> float:
+    """Test accuracy (0..1) of k nearest neighbours by cosine, with votes exp(cosine / 0.1)."""
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     train_h, test_h, right = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1), 0
     for h, y in zip(test_h.split(250), test_y.split(250), strict=True):
         similarity, near = (h @ train_h.T).topk(min(k, len(train_h)), dim=1)  # (b, k)
         votes = h.new_zeros(len(h), int(train_y.max()) + 1)
-        votes.scatter_add_(1, train_y[near], (similarity / temperature).exp())
+        votes.scatter_add_(1, train_y[near], (similarity / 0.1).exp())
         right += int((votes.argmax(1) == y).sum())
     return right / len(test_y)
 
@@ -137,7 +131,7 @@ def knn_accuracy(
 @measured
 def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float]:
     """Accuracy (0..1) of each class; NaN for a class without images."""
-    right, count = y[predicted == y].bincount(minlength=num_classes), y.bincount(minlength=num_classes)
+    right, count = (labels.bincount(minlength=num_classes) for labels in (y[predicted == y], y))
     return (right.double() / count).tolist()
 
 
@@ -164,10 +158,8 @@ def matched(unit: Tensor, y: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     (units, row), (classes, column) = (values.unique(return_inverse=True) for values in (unit, y))
-    table = row.new_zeros(len(units), len(classes)).index_put_(
-        (row, column), torch.ones_like(row), accumulate=True
-    )
-    table[units < 0] = 0
+    table = (row * len(classes) + column).bincount(minlength=len(units) * len(classes))
+    table = table.view(len(units), len(classes)) * (units >= 0)[:, None]
     match = torch.full_like(units, -1)
     rows, columns = map(torch.from_numpy, linear_sum_assignment(-table.cpu().numpy()))
     match[rows.to(match)] = columns.to(match)
@@ -217,15 +209,12 @@ def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
 
 def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float]:
     """The columns accuracy_<name> of log.csv."""
-    return dict(
-        zip((f"accuracy_{name}" for name in classes), class_accuracy(predicted, y, len(classes)), strict=True)
-    )
+    each = zip(classes, class_accuracy(predicted, y, len(classes)), strict=True)
+    return {f"accuracy_{name}": value for name, value in each}
 
 
 @measured
-def open_set(
-    claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present: Tensor
-) -> dict:
+def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
     """How test images of classes without a name are recognised as unknown, by claims [T] below the limit.
 
     bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
@@ -242,12 +231,8 @@ def open_set(
 def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: Tensor) -> dict:
     """Of the images `among` (bool [N]): pseudo-labels [N] that are right, sure, right if sure."""
     right, sure = pseudo == y, confidence > 0.8
-    parts = {
-        "accuracy": (right, among),
-        "coverage": (sure, among),
-        "confident_accuracy": (right, among & sure),
-    }
-    return {f"pseudo_{name}": fraction(*part) for name, part in parts.items()}
+    figures = {"pseudo_accuracy": fraction(right, among), "pseudo_coverage": fraction(sure, among)}
+    return figures | {"pseudo_confident_accuracy": fraction(right, among & sure)}
 
 
 def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
@@ -258,11 +243,8 @@ def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: 
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
     given, leaked = ([part[among] for part in train] for among in (train[1] >= 0, budget))
-    return {
-        **{
-            key: last[key]
-            for key in ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
-        },
+    kept = ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
+    return {key: last[key] for key in kept} | {
         "probe": linear_probe(*given, *test),
         "probe_leaked": linear_probe(*leaked, *test) if budget.any() else None,
         "knn": knn_accuracy(*given, *test),
@@ -286,11 +268,8 @@ def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
     unit int64 [N], -1: none; y int64 [N], -1: no truth, left out; new bool [N]: its class never has a label.
     """
     right, new = matched(unit[y >= 0], y[y >= 0]), new[y >= 0]
-    return {
-        "gcd_all": fraction(right, new | ~new),
-        "gcd_old": fraction(right, ~new),
-        "gcd_new": fraction(right, new),
-    }
+    parts = {"gcd_all": new | ~new, "gcd_old": ~new, "gcd_new": new}
+    return {name: fraction(right, part) for name, part in parts.items()}
 
 
 @measured
@@ -306,10 +285,8 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
         raise ValueError(f"k is {k}: {known} classes have labels, and {len(free)} images have none")
 
     def means(rows: Tensor, clusters: Tensor, centres: Tensor) -> Tensor:
-        count = clusters.bincount(minlength=k)[:, None]
-        return torch.where(
-            count > 0, torch.zeros_like(centres).index_add_(0, clusters, rows) / count, centres
-        )
+        count, sums = clusters.bincount(minlength=k)[:, None], torch.zeros_like(centres)
+        return torch.where(count > 0, sums.index_add_(0, clusters, rows) / count, centres)
 
     for _ in range(5):
         centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), None
@@ -337,9 +314,8 @@ def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Se
     table = torch.zeros(*(1 + max([0, *unnamed, *values.unique().tolist()]) for values in (unit, y)))
     table.index_put_((unit[told].cpu(), y[told].cpu()), torch.ones(int(told.sum())), accumulate=True)
     home, largest = table.argmax(0).tolist(), table.argmax(1).tolist()  # of a class, of a unit
-    true = [
-        c for c, u in enumerate(home) if c in nameless and u in unnamed and largest[u] == c and table[u, c]
-    ]
+    best = [(c, u) for c, u in enumerate(home) if largest[u] == c and table[u, c]]
+    true = [c for c, u in best if c in nameless and u in unnamed]
     purity = {u: (table[u].max() / table[u].sum()).item() if table[u].any() else None for u in unnamed}
     return {"concepts": len(purity), "concepts_true": len(true), "purity": purity}
 
@@ -413,28 +389,23 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
 # ---- lines for the screen ----
 
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
-FIGURES = {  # of summary.json: their names in a comparison
-    **dict(
-        accuracy="accuracy", old_accuracy="old", new_accuracy="new", first_sight="first sight", probe="probe"
-    ),
-    **dict(probe_leaked="probe leaked", knn="kNN", forgetting="forgetting", ari="ARI", nmi="NMI"),
-    **dict(silhouette="silhouette", novelty_auroc="novelty", sparsity="sparsity", labels_used="labels"),
-    **dict(label_epochs="label-epochs", images_per_second="images/s", seconds="seconds", concepts="concepts"),
-    **dict(concepts_true="true ones", gcd_all="gcd all", gcd_old="gcd old", gcd_new="gcd new"),
-    **dict(
-        gcd_semi_kmeans_all="semi-k all", gcd_semi_kmeans_old="semi-k old", gcd_semi_kmeans_new="semi-k new"
-    ),
-}
+BLOCKS = (  # figures of summary.json, as a comparison shows them
+    "accuracy old_accuracy new_accuracy first_sight probe probe_leaked knn forgetting".split(),
+    "ari nmi silhouette novelty_auroc sparsity labels_used label_epochs images_per_second seconds".split(),
+    "concepts concepts_true gcd_all gcd_old gcd_new".split()
+    + [f"gcd_semi_kmeans_{part}" for part in ("all", "old", "new")],
+)
+FIGURES = sum(BLOCKS, [])
 
 
 def told(key, value):
-    """A figure as text: a share in per cent, a score with three digits, a count."""
+    """A figure as text: a score with three digits, a count, or a share in per cent."""
     if value is None or value != value:
         return "-"
     if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
         return f"{value:.3f}"
-    counts = ("labels_used", "label_epochs", "images_per_second", "seconds", "concepts", "concepts_true")
-    return f"{value:.0f}" if key in counts else f"{100 * value:.1f}"
+    count = key.startswith(("label", "images", "seconds", "concepts"))
+    return f"{value:.0f}" if count else f"{100 * value:.1f}"
 
 
 def log_header() -> str:
@@ -459,9 +430,8 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 
 def event_line(event: dict) -> str:
     """An event of the head's life as a line."""
-    line = f"         {event['event']}: unit {event['unit']}" + f" for class {event['class']}" * bool(
-        event["class"]
-    )
+    line = f"         {event['event']}: unit {event['unit']}"
+    line += f" for class {event['class']}" if event["class"] else ""
     evidence = [f"{event['count']} images"] if event["count"] is not None else []
     evidence += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
     return line + f" ({', '.join(evidence)})" * bool(evidence)
@@ -534,11 +504,9 @@ def style(i):
 
 def plot(ax, rows, key, label, **look):
     """A column of log.csv over the epochs, unless it is empty."""
-    points = [
-        (row["epoch"], row[key]) for row in rows if row.get(key) is not None and not math.isnan(row[key])
-    ]
-    if points:
-        ax.plot(*zip(*points, strict=True), label=label, markersize=3, **look)
+    x, y = np.array([(row["epoch"], row.get(key)) for row in rows], dtype=float).T
+    if np.isfinite(y).any():
+        ax.plot(x, y, label=label, markersize=3, **look)
 
 
 def draw_curves(rows, classes, path):
@@ -546,21 +514,17 @@ def draw_curves(rows, classes, path):
     known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
-    shares |= dict(
-        pseudo_coverage="pseudo-labels sure (> 0.8)", open_accuracy="right, unknown\nbeing an answer"
-    )
-    shares |= dict(novelty_auroc="AUROC of the claim,\nnameless or named")
+    shares |= dict(pseudo_coverage="pseudo-labels sure (> 0.8)", novelty_auroc="AUROC of the claim")
+    shares |= dict(open_accuracy="right, unknown\nbeing an answer")
     some = dict(old_accuracy=f"the first {known} classes", new_accuracy="the late classes")
     each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
+    panels = some if many else each, {f"loss_{term}": term for term in TERMS}, shares
     with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
-        for ax, columns in zip(
-            axes, (some if many else each, {f"loss_{t}": t for t in TERMS}, shares), strict=True
-        ):
+        plot(axes[0], rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5)
+        for ax, columns in zip(axes, panels, strict=True):
             for i, (key, label) in enumerate(columns.items()):
                 there = [row for row in rows if columns is not each or i < row["classes"]]
                 plot(ax, there, key, label, markevery=(i % 4, 4), **style(i))
-            if ax is axes[0]:
-                plot(ax, rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5)
             for n, (left, right) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True)):
                 ax.axvspan(left + 0.5, right + 0.5, color=SHADES[n % len(SHADES)], zorder=0, linewidth=0)
                 text = names[left] * (ax is axes[0])
@@ -603,29 +567,6 @@ def draw_life(rows, events, classes, path):
         ax.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_curricula(schedules, path):
-    """Schedules {name: the Stage of every epoch} side by side: classes and labels as shares, the mix."""
-    across, total = min(3, len(schedules)), max(s.classes for stages in schedules.values() for s in stages)
-    down = -(-len(schedules) // across)
-    with figure(path, 4.3 * across, 0.8 + 3.1 * down, down, across, squeeze=False) as (fig, axes):
-        for ax, (name, stages) in zip(axes.flat, schedules.items(), strict=False):
-            x = np.linspace(0, 1, len(stages))
-            ax.fill_between(
-                x, [s.classes / total for s in stages], step="post", color="#E8EEF5", label="classes seen"
-            )
-            ax.fill_between(
-                x, [s.named / total for s in stages], step="post", color="#C3D3E6", label="classes named"
-            )
-            ax.plot(x, [s.label_fraction for s in stages], "black", linewidth=2, label="labels, of a class")
-            ax.plot(x, [s.sparsity for s in stages], color="#777777", linestyle=":", label="sparsity")
-            for i, term in enumerate(TERMS):
-                ax.plot(
-                    x, [s.mix[term] for s in stages], markevery=0.12, markersize=4, label=term, **style(i)
-                )
-            ax.set(title=name, xlabel="progress", xlim=(0, 1), ylim=(-0.03, 1.08))
-        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2 + across // 2)
-
-
 @measured
 def project(h: Tensor, method="tsne") -> np.ndarray:
     """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap" (ValueError if it is not installed)."""
@@ -659,20 +600,15 @@ def draw_story(looks, classes, path, method="tsne"):
         for ax, look in zip(axes[0], looks, strict=True):
             points, y, seen = project(look["h"], method), look["y"].cpu().numpy(), look["classes"]
             for c, name in enumerate(classes):
-                mark = (
-                    style(c) | dict(linewidth=0.5, edgecolor="black")
-                    if c >= known
-                    else style(c) | dict(linewidth=0)
-                )
+                mark = style(c) | dict(linewidth=0.5 * (c >= known), edgecolor="black")
                 mark |= dict(color="#D5D5D5", edgecolor="#AAAAAA") if c >= seen else {}
                 label = shown(name) + (" (late)" if c < seen else " (not seen)") * (c >= known)
                 ax.scatter(*points[y == c].T, s=14, alpha=0.8, label=label, **mark)
                 if single and (y == c).any():
                     font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
                     ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
-            ax.set(
-                xticks=[], yticks=[], title=look["name"] + f", epoch {look['epoch']}" * (look["epoch"] > 0)
-            )
+            epoch = f", epoch {look['epoch']}" * (look["epoch"] > 0)
+            ax.set(xticks=[], yticks=[], title=look["name"] + epoch)
         if n <= 20:
             handles, labels = axes[0, -1].get_legend_handles_labels()
             across = min(10, max(1, int(size[0] / (0.5 + 0.08 * max(map(len, labels))))))
@@ -755,14 +691,12 @@ def concept_rows(x, h, unit, unknown, names):
 
     x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of all units, or None.
     """
-    groups, rows = (
-        {f"unit {u}": unit == u for u, name in enumerate(names) if name is None and (unit == u).any()},
-        [],
-    )
-    groups |= {"unknown": unknown}
-    groups |= {f"{shown(name)} (unit {u})": unit == u for u, name in enumerate(names) if name is not None}
-    for label, among in groups.items():
-        inside = among.nonzero()[:, 0]
+    groups = {u: unit == u for u in range(len(names))}
+    rows, labels = [], {u: f"unit {u}" for u, name in enumerate(names) if name is None and groups[u].any()}
+    groups[-1], labels[-1] = unknown, "unknown"
+    labels |= {u: f"{shown(name)} (unit {u})" for u, name in enumerate(names) if name is not None}
+    for u, label in labels.items():
+        inside = groups[u].nonzero()[:, 0]
         near = F.normalize(h[inside].float(), dim=1)
         near = inside[(near @ near.sum(0)).argsort(descending=True)[:20]]
         rows.append((f"{label}\n{len(inside):,} images", x[near]))
@@ -772,18 +706,7 @@ def concept_rows(x, h, unit, unknown, names):
 # ---- runs side by side ----
 
 NEEDED = {"curriculum", "seed", "class_order", "label_budget"}
-APART = {
-    "seed",
-    "class_order",
-    "out",
-    "resume",
-    "data_dir",
-    "device",
-    "embedding",
-    "versions",
-    "commit",
-    "machine",
-}
+APART = "seed class_order out resume data_dir device embedding versions commit machine".split()
 
 
 def read_runs(path):
@@ -810,16 +733,13 @@ def read_runs(path):
 
 
 def write_runs(folders, path):
-    """A table with a row for each run: settings (args.*), commit, machine, figures of its summary."""
+    """A table with a row for each run: its settings (args.*) and its summary."""
     from train import data
 
-    rows = []
-    for args, summary in (run for folder in folders for run in read_runs(folder)):
-        row = {f"args.{k}": v for k, v in args.items() if k in NEEDED or k not in APART}
-        row |= {k: args.get(k) for k in ("commit", "machine")}
-        row |= {k: v for k, v in summary.items() if not isinstance(v, list | dict)}
-        rows.append({k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()})
-    data.write_csv(path, rows)
+    runs = [run for folder in folders for run in read_runs(folder)]
+    rows = [{f"args.{k}": v for k, v in args.items()} | summary for args, summary in runs]
+    cells = [{k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()} for row in rows]
+    data.write_csv(path, cells)
     return f"{len(rows)} runs: {path}"
 
 
@@ -827,9 +747,8 @@ def runs_among(paths):
     """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones in it."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
-        inside = (
-            [] if (path / "args.json").exists() else sorted(args.parent for args in path.glob("*/args.json"))
-        )
+        inside = sorted(args.parent for args in path.glob("*/args.json"))
+        inside = [] if (path / "args.json").exists() else inside
         for run in inside:
             if (run / "summary.json").exists():
                 folders.append(run)
@@ -858,9 +777,7 @@ def compare(paths):
             v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
             if len(values) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
-        name += (
-            f" ({len(result) + 1})" if name in result else ""
-        )  # differs in a setting that the others do not know
+        name += f" ({len(result) + 1})" if name in result else ""  # it differs where others have no setting
         again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
         result[name] = {"runs": len(runs), "again": again} | figures
@@ -875,10 +792,11 @@ def spread(values):
 
 def comparison_table(result):
     """The comparison as aligned text, mean ± std: accuracies; clusters and cost; the open world."""
-    keys, width, lines = list(FIGURES), max(map(len, result)) + 2, []
-    for block in (keys[:8], keys[8:17], keys[17:]):
+    width, lines = max(map(len, result)) + 2, []
+    for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
-            lines += ["", f"{'':{width}}runs" + "".join(f"{FIGURES[key]:>14}" for key in block)]
+            heads = (key.replace("semi_kmeans", "semi").replace("_per_", "/")[:13] for key in block)
+            lines += ["", f"{'':{width}}runs" + "".join(f"{head:>14}" for head in heads)]
             for name, row in result.items():
                 cells = [[told(key, value) for value in spread(row[key])] for key in block]
                 cells = [mean + f" ± {std}" * (std != "-") for mean, std in cells]
@@ -888,13 +806,11 @@ def comparison_table(result):
 
 def draw_comparison(result, path):
     """Test accuracies as bars, with the standard deviation over runs."""
-    bars = dict(
-        accuracy="head", probe_leaked="probe, same labels", probe="probe, all labels", knn="kNN, all labels"
-    )
+    bars = ("accuracy", "probe_leaked", "probe", "knn")
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
-        for i, (key, label) in enumerate(bars.items()):
+        for i, key in enumerate(bars):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
-            look = dict(xerr=std, color=COLOURS[i], label=label)
+            look = dict(xerr=std, color=COLOURS[i], label=key.replace("accuracy", "head"))
             drawn = ax.barh(np.arange(len(result)) + 0.2 * i - 0.3, mean, 0.18, **look)
             ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
         names = [f"{shown(name, 60)}\nruns: {row['runs']}" for name, row in result.items()]
@@ -921,9 +837,8 @@ def write_compact(run, path):
     whole = open_network(run)
     small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
     data.write_atomically(path, data.torch_bytes(model.pack(small)))
-    apart = max(
-        float((embed(whole, x, part) - embed(small, x, part)).abs().max()) for part in ("h", "z", "logits")
-    )
+    parts = ("h", "z", "logits")
+    apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in parts)
     old, new = (min(timeit.repeat(lambda n=n: embed(n, x), number=1, repeat=7)) for n in (whole, small))
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
     told = f"{path}: {left:,} of {size:,} weights in the encoder, {old / new:.2f} times as fast"
@@ -950,12 +865,8 @@ def predict(run, paths, table):
     data.write_csv(table, rows)
     drawn = attempt(draw_predictions, table.with_suffix(".png"), files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
-    lines = [
-        *notes,
-        *(f"{count:8,d}  {answer}" for answer, count in counts),
-        f"{len(rows):,} images: {table}",
-    ]
-    return "\n".join(lines) + f", {table.with_suffix('.png')}" * drawn
+    lines = [*notes, *(f"{count:8,d}  {answer}" for answer, count in counts)]
+    return "\n".join([*lines, f"{len(rows):,} images: {table}" + f", {table.with_suffix('.png')}" * drawn])
 
 
 def draw_predictions(path, files, rows, size):
@@ -985,18 +896,10 @@ def name_units(run, pairs):
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*?)\s*", pair)
         if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
-            raise ValueError(
-                f"--name {pair}: write UNIT=NAME, such as 8=wolf; 'unknown' and 'unit N' are no names"
-            )
+            raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
-            state = (
-                "not there"
-                if unit >= len(owners)
-                else "free"
-                if owners[unit] < 0
-                else f"'{names[unit]}' already"
-            )
+            state = {-2: "free", None: "not there"}.get(dict(enumerate(owners)).get(unit), "a class's")
             raise ValueError(f"--name {pair}: unit {unit} is {state}; without a class are: {found or 'none'}")
         others = [f", as unit {u} does" for u, known in enumerate(names) if known == name and u != unit]
         names[unit] = checkpoint.setdefault("given", {})[unit] = name
@@ -1030,9 +933,7 @@ def act(args):
     result = compare(folders)
     for name, row in result.items():
         if row["again"]:
-            say_once(
-                f"{name}: {row['again']} of {row['runs']} runs repeat a seed and class order: of other code?"
-            )
+            say_once(f"{name}: {row['again']} of {row['runs']} runs repeat a seed: of other code?")
     return comparison_table(result) + f"\n\nDrawn to {out}." * attempt(draw_comparison, result, out)
 
 

@@ -47,13 +47,8 @@ def linear_of(head: nn.Module) -> nn.Linear:
     """The nn.Linear in `head`, compiled or DataParallel or not. ValueError if it is not a plain one."""
     while isinstance(head, nn.DataParallel) or hasattr(head, "_orig_mod"):
         head = head.module if isinstance(head, nn.DataParallel) else head._orig_mod
-    plain = head._parameters  # without what parametrizations and torch.nn.utils.prune replace
-    if (
-        not isinstance(head, nn.Linear)
-        or plain.get("weight") is None
-        or "bias" not in plain
-        or is_lazy(head.weight)
-    ):
+    plain = head._parameters if isinstance(head, nn.Linear) else {}  # not what torch's pruning replaces
+    if plain.get("weight") is None or "bias" not in plain or is_lazy(plain["weight"]):
         raise ValueError(f"the head must be a plain nn.Linear, unpruned, no weight norm; not {type(head)}")
     return head
 
@@ -63,9 +58,8 @@ def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
     rows = [p for p in (head.weight, head.bias) if p is not None]  # a row for each unit
     states = {p: optimizer.state.get(p, {}) if optimizer is not None else {} for p in rows}
     sized = [(p, v) for p in rows for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
-    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.Rprop) or any(
-        v.shape != p.shape for p, v in sized
-    ):
+    odd = isinstance(optimizer, torch.optim.LBFGS | torch.optim.Rprop)
+    if odd or any(v.shape != p.shape for p, v in sized):
         raise ValueError(f"units cannot change under {type(optimizer).__name__}; use SGD, Adam or AdamW")
     return states
 
@@ -102,7 +96,7 @@ def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> N
                 state[key] = torch.cat([value, torch.zeros_like(rows, dtype=value.dtype)])
         grad, new, p.grad = p.grad, torch.cat([p.data, rows]), None
         p.data = p.data.to(torch.float16 if p.dtype == torch.float32 else torch.float32)  # autograd forgets
-        p.data = new  # the shape that it has recorded only if the dtype changes
+        p.data = new  # the recorded shape only if the dtype changes
         p.grad = None if grad is None else torch.cat([grad, torch.zeros_like(rows)])
     head.out_features += count
 
@@ -310,8 +304,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: the quantile `reject` of the named ones; -inf without two.
 
-    Each is asked as if it had no label, so about that share of the known classes' images is taken for
-    unknown.
+    Each is asked as if it had no label, so about that share of the known classes' images is unknown.
     """
     weight_of = named.float()  # an image's own weight is 1
     claims = [(w @ weight_of - 1) / w.sum(1) for w in kernels(pool_h[named], pool_h, named, temperature)]
@@ -371,7 +364,7 @@ class HeadManager:
         """The reverse, on the device of the images."""
         for own, values in ((self.units, saved["units"]), (self.monitor, saved["monitor"])):
             for key, v in values.items():
-                setattr(own, key, v.to(self.y.device) if torch.is_tensor(v) else copy(v))
+                setattr(own, key, v.to(self.y.device, copy=True) if torch.is_tensor(v) else copy(v))
         self.events, self.given = list(saved["events"]), dict(saved["given"])
         self.units.given = self.given
 
@@ -408,8 +401,7 @@ class HeadManager:
         """Give each kind that no label claims, epoch after epoch, a unit without a name; review these units.
 
         While labels leak, a unit is provisional: its images teach no name, and then all is looked at afresh.
-        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: the unnamed unit an image votes for, UNKNOWN,
-        or -1.
+        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: an unnamed unit to vote for, UNKNOWN, or -1.
         """
         votes, h = torch.full_like(self.y, -1), h.float()
         if not (pool.labelled_before & pool.active).any():
@@ -431,10 +423,8 @@ class HeadManager:
         claims[concept[watched] >= 0] = math.inf
         group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
         if group is not None:
-            members = watched[group]
-            surest = members[
-                claims[group].argsort()[: (len(group) + 1) // 2]
-            ]  # the half that is claimed least
+            members, half = watched[group], (len(group) + 1) // 2
+            surest = members[claims[group].argsort()[:half]]  # those that are claimed least
             unit, _ = self.open_unit(pool, UNNAMED, surest)
             concept[members] = unit
             self.log_unit("opened", unit, surest)
@@ -452,15 +442,14 @@ class HeadManager:
             cosine, nearest = (h[unknown] @ torch.stack(list(centres.values())).T).max(1)  # (V, K) -> (V)
             concept[unknown] = torch.where(cosine > reach, units[nearest], -1)
         for unit in unnamed:
-            if (concept == unit).sum() < 10:  # labels have come to claim its images
+            if (concept == unit).sum() < 10:  # labels claim its images
                 self.release(unit)
 
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge two unnamed units that hold one kind, and split one that holds two.
 
         A unit is split if k-means puts its halves farther apart than those of any known class, and two units
-        are merged if they are nearer than is usual. claimed: int64 [V], images predicted to belong to known
-        classes.
+        are merged if they are nearer than is usual. claimed: int64 [V], images that belong to known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
@@ -483,7 +472,7 @@ class HeadManager:
             cosine, second = two_means(h[index])  # bool (n)
             second = second if second.sum() <= len(index) / 2 else ~second
             if cosine < usual.min() and second.sum() >= 20:
-                self.units.age[unit] = 0  # so that it is not itself taken for its second half
+                self.units.age[unit] = 0  # so that it is not taken for its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
@@ -525,8 +514,7 @@ class HeadManager:
     def name_class(self, pool, c: int, votes: Tensor) -> None:
         """Give class c, whose first labels have come, a unit; votes int64 [N]: from `discover`, changed.
 
-        The unnamed unit that most of its labelled images fall into; else its own from the start; else a new
-        one.
+        The unnamed unit that most of its labelled images fall into; else its own from the start or a new one.
         """
         units, index = self.units, (pool.labelled & (self.y == c)).nonzero()[:, 0]  # (n)
         logits, bias = head_logits(self.ema.head, self.embed(self.ema, index)), linear_of(self.ema.head).bias
@@ -561,7 +549,7 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
             continue
         key = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         w = module._parameters.get(key)
-        if w is None and getattr(module, key, None) is None:  # attention with inputs of several widths
+        if w is None and getattr(module, key, None) is None:  # attention of several widths
             continue
         if w is None or is_lazy(w):
             raise ValueError(f"{name or 'the model'}: remove weight norm or torch's pruning, or run it once")
@@ -609,8 +597,7 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of a chain's filters with the smallest norm, and their batch norm.
 
     Those of the last layer, the embedding, do not count. Norms are relative to the mean of their layer, whose
-    largest filter stays. `model.compact` can remove the dead. Returns masks for `apply_masks`. Raises
-    ValueError outside 0..1 and for a model that is not a chain.
+    largest filter stays. Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
     norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]  # (filters) each
@@ -653,7 +640,7 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     for name, mask in masks.items():
         p = parameters.get(name)
         if p is None or p.shape[1:] != mask.shape[1:] or len(p) < len(mask):
-            raise ValueError(f"the mask '{name}' {list(mask.shape)} fits no parameter of the model")
+            raise ValueError(f"the mask '{name}' {list(mask.shape)} fits no parameter")
     for name, mask in masks.items():
         parameters[name][: len(mask)].mul_(mask)
 

@@ -1,22 +1,18 @@
 """Train an image encoder by gradual supervision: `python train.py --curriculum gradual`.
 
-One epoch of the loop in `train`:
-    1. classes arrive; images that no label explains may open a unit; a class's first labels name a unit
-    2. targets: k-means clusters of the memory bank, and pseudo-labels by vote of the labelled images
-    3. steps: two views -> encoder -> weighted losses -> SGD -> pruning masks, EMA, memory bank
-    4. prune, recompute the EMA's batch norm, evaluate, log, checkpoint
+Read `train`, the loop: in each epoch classes arrive and get names, targets are made for all images, steps are
+taken on them, and what was learned is pruned, evaluated, logged and saved.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads leave the cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
 
 import copy
 import ctypes
 import itertools
 import json
 import math
-import platform
 import shlex
 import signal
 import subprocess
@@ -57,11 +53,12 @@ VERSION = 7  # of the checkpoint
 class State:
     """Everything that training changes, and that a checkpoint holds."""
 
-    def __init__(self, args, dataset: data.Dataset, units: int, earlier: model.Network | None = None):
-        """A network with `units` output units, or that of an `earlier` run, and all that trains it."""
+    def __init__(self, args, dataset, units: int, earlier=None):
+        """A new network of so many units, or that of an earlier run, and all that trains it."""
         torch.manual_seed(args.seed)
-        y, classes, owner, size = dataset.train_y, dataset.classes, range(units), args.image_size
-        self.network = model.build(args.model, units, mean=dataset.mean, std=dataset.std, image_size=size)
+        x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
+        options = dict(mean=dataset.mean, std=dataset.std, image_size=args.image_size)
+        self.network = model.build(args.model, units, **options)
         if earlier:
             self.network.load_state_dict(earlier.state_dict())
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
@@ -69,36 +66,39 @@ class State:
         self.ema = copy.deepcopy(self.network)  # mean teacher: it votes, answers and is evaluated
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        count = max(3000, 60 * len(classes))
-        self.head = grow_prune.HeadManager(
-            (self.network, self.ema, self.optimizer),
-            lambda network, index: evaluate.embed(network, dataset.train_x[index], bf16=self.bf16),
-            *(y, data.sample(y >= -1, count, args.seed), classes, owner, args.seed),
-        )
         self.masks = {}  # of the pruned weights: bool, True = kept
         self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at their first labels
         self.snapshots, self.answering = [], None  # for story.png; for `evaluate.answers`
         self.before = None  # accuracy on the old classes before training, after --from
 
+        def embed(network, index: Tensor) -> Tensor:
+            return evaluate.embed(network, x[index], bf16=self.bf16)
+
+        networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
+        watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are looked for among these
+        self.head = grow_prune.HeadManager(networks, embed, y, watched, classes, owner, args.seed)
+
     def embed(self, x: Tensor, part: str = "h") -> Tensor:
-        """What the EMA makes of images x [N,3,H,W]; see `evaluate.embed`."""
+        """What the EMA makes of images x [N,3,H,W]."""
         return evaluate.embed(self.ema, x, part, bf16=self.bf16)
 
     def state_dict(self) -> dict:
-        """Plain values and tensors, which torch.load(weights_only=True) reads."""
+        """Plain values and tensors."""
         saved = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(self).items()}
         return saved | saved.pop("head") | {"bank": self.bank.rows}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Continue from a checkpoint, on this run's device."""
-        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # as on this device
+        """The reverse, on this run's device."""
+        lr = float(saved["optimizer"]["param_groups"][0]["lr"])
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # of this device
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         for name in ("rows", "first_sight", "snapshots", "answering", "before"):
             setattr(self, name, saved[name])
+        model.set_learning_rate(self.optimizer, lr)
         self.head.load_state_dict(saved)
-        self.bank.rows = saved["bank"].to(self.bank.rows)
-        self.masks = {name: mask.to(self.bank.rows.device) for name, mask in saved["masks"].items()}
+        device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
+        self.masks = {name: mask.to(device) for name, mask in saved["masks"].items()}
 
 
 @dataclass
@@ -114,14 +114,14 @@ class Targets:
     clusters: Tensor | None  # int64 [3,N], k-means clusters of the memory bank
 
 
-def make_targets(state, pool: data.Pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
+def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
     """Cluster the memory bank, and let the images that vote for a unit decide about all others.
 
-    votes: int64 [N], the unit that an image votes for, UNKNOWN if no label explains it, -1 for no vote; h:
-    unit embeddings [N,D] by the EMA, or None; align: scale the votes to the classes' shares of the labels.
+    votes: int64 [N], a unit, UNKNOWN or -1; h: unit embeddings [N,D] by the EMA, or None; align: scale the
+    votes to the classes' shares of the labels.
     """
-    units, rows, clusters, members = state.head.units, state.bank.rows, None, pool.active.nonzero()[:, 0]  # M
-    pseudo, confidence = torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N), (N)
+    units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
+    clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
     if mix["aggregation"]:  # 42 images per cluster, as in the paper
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
@@ -142,11 +142,10 @@ def make_targets(state, pool: data.Pool, mix: dict, votes: Tensor, h, align: boo
 # ---- the step ----
 
 
-def train_step(state: State, dataset, targets: Targets, decay: float, generator, turn: int, index) -> Tensor:
+def train_step(state, dataset, targets: Targets, decay: float, generator, turn: int, index) -> Tensor:
     """One optimizer step on the images `index` [B]; returns the loss of each of TERMS [4].
 
-    Nothing here waits for the device or depends on values: it can be captured as a CUDA graph. decay: of the
-    EMA; turn: part of a large bank to search.
+    Nothing here waits for the device: it can be a CUDA graph. turn: the part of a large bank to search.
     """
     mix, in_use, active, bank = targets.mix, targets.in_use, targets.active, state.bank
     views = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
@@ -187,13 +186,13 @@ def train_step(state: State, dataset, targets: Targets, decay: float, generator,
 # ---- the loop ----
 
 
-def train(args, dataset: data.Dataset, saved: dict | None, earlier: model.Network | None) -> None:
-    """Train on the device of the data, from the start, the network of --from, or a saved checkpoint."""
+def train(args, dataset, saved: dict | None, earlier) -> None:
+    """Train from the start, from the network of an earlier run, or on from a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
     options = (args.epochs, len(classes), args.known_classes, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
-    least, most = int(y.min()) + 1, len(classes) - args.never_named  # old classes may have no images
+    least, most = int(y.min()) + 1, len(classes) - args.never_named  # the first classes may have no images
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
@@ -216,7 +215,7 @@ def train(args, dataset: data.Dataset, saved: dict | None, earlier: model.Networ
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
-        seed = (args.seed << 20) + epoch  # of its own: a resumed run draws what an uninterrupted one would
+        seed = (args.seed << 20) + epoch  # its own: a resumed run draws what an uninterrupted one would
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
@@ -245,13 +244,13 @@ def train(args, dataset: data.Dataset, saved: dict | None, earlier: model.Networ
         record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no step waits
         order = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
         batches = tqdm(data.batches(*order), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
-        take_step = partial(train_step, state, dataset, targets, 1 - 1 / steps, generator)
-        functions = [partial(take_step, turn) for turn in range(losses.searched(len(y))[1])]
+        one = partial(train_step, state, dataset, targets, 1 - 1 / steps, generator)
+        functions = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
         if device.type == "cuda":
             functions = model.capture(functions, state.optimizer, generator)
         for step, index in enumerate(batches):
-            lr = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
-            model.set_learning_rate(state.optimizer, lr)
+            progress = (epoch + step / steps) / args.epochs
+            model.set_learning_rate(state.optimizer, curriculum.learning_rate(progress, args.lr))
             record[step] = functions[step % len(functions)](index)
         functions = None  # frees the memory of the CUDA graphs
         stop_if_not_finite(record, state.network, epoch)
@@ -280,8 +279,8 @@ def train(args, dataset: data.Dataset, saved: dict | None, earlier: model.Networ
     finish(args, state, dataset, stages, pools, leak, save)
 
 
-def name_new_classes(args, state: State, dataset, pool: data.Pool, votes: Tensor) -> None:
-    """The first labels of a class give it a unit; how well a late class is recognised then is recorded."""
+def name_new_classes(args, state, dataset, pool, votes: Tensor) -> None:
+    """Give the classes with first labels a unit, and see how well late ones are recognised with it."""
     y, before = dataset.test_y, pool.taught_before
     for c in (pool.taught & ~before).nonzero()[:, 0].tolist():
         state.head.name_class(pool, c, votes)
@@ -291,15 +290,12 @@ def name_new_classes(args, state: State, dataset, pool: data.Pool, votes: Tensor
             state.first_sight[dataset.classes[c]] = evaluate.fraction(right, y == c)
 
 
-def evaluate_epoch(args, state: State, dataset, stage, pool: data.Pool, targets: Targets, h) -> dict:
-    """A row of log.csv. Of the test images a fixed part counts, in the last epoch all.
-
-    h: unit embeddings [N,D] of the training images by the EMA, or None.
-    """
+def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
+    """A row of log.csv, by a fixed part of the test images, in the last epoch all. h: see `train`."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
-    units, hidden = head.units, pool.active & ~pool.labelled & (y >= 0)
+    units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
-    row |= {"labelled": labels / len(y), "units": len(units.owner), "unnamed": len(units.unnamed())}
+    row |= {"labelled": labels / len(y), "units": len(units.owner), "unnamed": len(unnamed)}
     row |= dict.fromkeys(("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "novelty_auroc"))
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
@@ -313,52 +309,50 @@ def evaluate_epoch(args, state: State, dataset, stage, pool: data.Pool, targets:
             near = head.neighborhood(pool, pool.labelled)  # (M)
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
             labelled, limit = pool.labelled[near], grow_prune.threshold(near_h, pool.labelled[near])
-            told = {"h": near_h.half(), "labelled": labelled, "limit": limit, "unnamed": units.unnamed()}
+            told = {"h": near_h.half(), "labelled": labelled, "limit": limit, "unnamed": unnamed}
             state.answering = told | {"temperature": 1.0}
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]  # (T), (T)
                 here = named | (test_y < stage.classes)
-                row |= evaluate.open_set(
-                    claims, limit, units.owners()[unit] < 0, guess == test_y, named, here
-                )
+                new = units.owners()[unit] < 0
+                row |= evaluate.open_set(claims, limit, new, guess == test_y, named, here)
         if h is not None and hidden.any():
             unit = head.predict(h[hidden], taught)[0]
             row |= evaluate.gcd_accuracy(unit, y[hidden], ~taught[y[hidden]])
-    guessed, sparsity = hidden & (targets.pseudo >= 0), grow_prune.sparsity_of(state.ema.encoder)
-    row |= evaluate.pseudo_label_quality(units.owners()[targets.pseudo], targets.confidence, y, guessed)
-    return row | {"sparsity": sparsity, "learning_rate": float(state.optimizer.param_groups[0]["lr"])}
+    pseudo, guessed = units.owners()[targets.pseudo], hidden & (targets.pseudo >= 0)
+    row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, guessed)
+    return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
 
-def snapshot(state: State, dataset, name: str, classes: int) -> None:
-    """Keep the embeddings of 300 test images, always the same, for story.png."""
+def snapshot(state, dataset, name: str, classes: int) -> None:
+    """Keep embeddings of the same 300 test images for story.png."""
     part = data.sample(dataset.test_y >= 0, 300, seed=1)
     h, y = F.normalize(state.embed(dataset.test_x[part]), dim=1).half().cpu(), dataset.test_y[part].cpu()
     state.snapshots += [{"name": name, "epoch": len(state.rows), "classes": classes, "h": h, "y": y}]
 
 
-def stop_if_not_finite(record: Tensor, network: model.Network, epoch: int) -> None:
-    """Raises FloatingPointError that names the first loss (record: [steps,4]) or weight not finite."""
+def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
+    """FloatingPointError names the first loss (record: [steps,4]) or weight that is not finite."""
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
     if bad:
-        kept = f"checkpoint of epoch {epoch} is kept" * (epoch > 0) or "no checkpoint"
-        raise FloatingPointError(f"epoch {epoch + 1}: {bad[0]} is not finite; {kept}; try a lower --lr")
+        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint"
+        raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}; try a lower --lr")
 
 
-def announce(args, dataset: data.Dataset, steps: int) -> None:
-    """Print what is about to happen, and the heading of the lines that follow."""
+def announce(args, dataset, steps: int) -> None:
+    """Print what is about to happen."""
     x, classes, known = dataset.train_x, dataset.classes, args.known_classes
     notes = [
-        f"{args.curriculum}: {len(x):,} images of {args.dataset}, {x.nbytes / 1e6:,.0f} MB in memory",
+        f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {x.device}; writing to {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images",
-        f"{args.model} on {machine(x.device)}; writing to {args.out}",
     ]
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
 
 
-def finish(args, state: State, dataset, stages: list, pools: list, leak: Tensor, save) -> None:
-    """The final figures: written to summary.json, which ends the run, then printed and drawn."""
+def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
+    """The final figures: written to summary.json, printed, drawn."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -366,7 +360,6 @@ def finish(args, state: State, dataset, stages: list, pools: list, leak: Tensor,
     parts = (train_h[true], y[true]), (test_h, test_y), budget[true], rows, classes[: args.known_classes]
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
-        "first_sight_classes": state.first_sight,
         "old_accuracy_before": state.before,
         "opened": sum(event["event"] == "opened" for event in head.events),
         "labels_used": int(torch.stack([pool.labelled for pool in pools]).any(0).sum()),
@@ -380,11 +373,13 @@ def finish(args, state: State, dataset, stages: list, pools: list, leak: Tensor,
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:  # half of the images fit the temperature, the others say its worth
-        fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]
-        told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
+        fit, held, units = named[::2], named[1::2], head.units
+        target = units.of_classes(len(classes))[test_y[fit]]
+        told["temperature"] = evaluate.fit_temperature(logits[fit], target)
         for key, temperature in {"_before": 1.0, "": told["temperature"]}.items():
             sure, best = (logits[held] / temperature).softmax(1).max(1)
-            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == target[held])
+            right = units.owners()[best] == test_y[held]
+            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, right)
     save()
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
@@ -414,83 +409,75 @@ def finish(args, state: State, dataset, stages: list, pools: list, leak: Tensor,
 
 FLAGS = """
 --curriculum text=gradual: what is taught when; all: each in turn
---label-budget share: share of labels that leaks; 0.1, or 1 beside unlabelled images
---known-classes count: classes from the start; 7 of 10, of a folder all
+--label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled images
+--known-classes 1..: classes from the start; 7 of 10, of a folder all
 --late text: NAME,NAME: these classes come late
---never-named seed=0: the last N classes get no label
---class-order seed=0: seed of the order of the classes
---replay count: images kept of each class when new ones come; all
+--never-named 0..=0: the last N classes get no label
+--class-order 0..=0: seed of the order of the classes
+--replay 1..: images kept of a class when new ones come; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
---image-size count: pixels, a multiple of 8; 32
---per-class count: training images of a class; all
---validate: test on a tenth of the training images
+--image-size 8..224: a multiple of 8; 32
+--per-class 1..: training images of a class; all
 --inject text: late classes, as cifar100:wolf,tank
 --from path: run to start from: network, head, names
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
---epochs count: each draws as many images as there are
---min-steps count: steps in an epoch, at least
---batch-size batch: images per step
---lr rate: peak learning rate
---prune share=0.8: share of the weights that end at zero
---prune-units share=0: share of a VGG's filters that end at zero
---seed seed=0: of all but the class order
---seeds count=1: runs, counting up from --seed and --class-order
+--epochs 1..: each draws as many images as there are
+--min-steps 1..: steps in an epoch, at least
+--batch-size 2..: images per step
+--lr 1e-6..1e3: peak learning rate
+--prune 0.0..1.0=0.8: share of the weights that end at zero
+--prune-units 0.0..1.0=0: share of a VGG's filters that end at zero
+--seed 0..=0: of all but the class order
+--seeds 1..=1: runs, counting up from --seed and --class-order
 --device text=auto: cpu, cuda, cuda:1, ...
 --embedding text=tsne: picture of the embeddings
 --out path: run folder; next free runs/DATASET-CURRICULUM-sSEED
 --resume path: go on with this run, or that in --out
-"""  # name, type = default, help
+"""  # name, range or type = default, help
 
 
-class Parser(ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str):
-        raise ValueError(message.removeprefix("argument "))
-
-
-def within(low: float, high: float = 2**31 - 1, kind: type = int):
-    """The type of a flag: a number in low..high."""
+def within(bounds: str):
+    """The type of a flag: a number in "low..high", whole if these are."""
+    kind = int if bounds.replace(".", "", 2).isdigit() and bounds.count(".") == 2 else float
+    low, high = (kind(end or 2**31 - 1) for end in bounds.split(".."))
 
     def number(text: str) -> float:
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        raise ArgumentTypeError(f"must be in {low}..{high}{', whole' * (kind is int)}, not '{text}'")
+        raise ArgumentTypeError(f"must be {kind.__name__} in {bounds}, not '{text}'")
 
     return number
 
 
-def make_parser() -> Parser:
-    """The command line of FLAGS."""
-    parser = Parser(epilog=f"Defaults: {CIFAR}, but of {DEFAULTS}", allow_abbrev=False)
-    types = {"count": within(1), "seed": within(0), "batch": within(2), "share": within(0, 1, float)}
-    types |= {"rate": within(1e-6, 1000, float), "path": os.path.expanduser, "text": str}
+def make_parser() -> ArgumentParser:
+    """The command line of FLAGS; its errors are one line."""
+
+    def error(message: str):
+        raise ValueError(message.removeprefix("argument "))
+
+    parser = ArgumentParser(epilog=f"Defaults: {CIFAR}, but of {DEFAULTS}", allow_abbrev=False)
+    parser.error, types = error, {"path": os.path.expanduser, "text": str}
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": [*evaluate.METHODS]}, "--resume": {"nargs": "?", "const": ""}}
+    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training images")
     for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
-        flag, _, kind = flag.partition(" ")
+        flag, kind = flag.split()
         kind, _, default = kind.partition("=")
-        options = {"type": types[kind], "default": default or None} if kind else {"action": "store_true"}
-        parser.add_argument(flag, help=text, **options, **more.get(flag, {}))
+        options = {"type": types.get(kind) or within(kind), "default": default or None} | more.get(flag, {})
+        parser.add_argument(flag, help=text, **options)
     return parser
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, shown to work. Raises ValueError, in one line."""
+    """The device called `name`, if it works."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).item()  # some devices only pretend
         return torch.device(name)
     except Exception as error:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
-
-
-def machine(device: torch.device) -> str:
-    """What computes, and how precisely, in a few words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
-    return f"{name}, {torch.get_num_threads()} threads" + ", bfloat16" * model.supports_bf16(device)
 
 
 def tune_machine() -> None:
@@ -503,19 +490,15 @@ def tune_machine() -> None:
 
 
 def load(args) -> data.Dataset:
-    """The data, its classes in the order of arrival, those of --from first, with or without images.
-
-    Fills in the flags that the data decide. Raises ValueError, in one line.
-    """
+    """The data, classes in the order of arrival, those of --from first; fills in the flags they decide."""
     dataset, taught = data.load_dataset(args.dataset, args.data_dir, image_size=args.image_size), args.taught
     own = dataset.classes
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
     dataset = data.hold_out(dataset) if args.validate else dataset
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
     late = [args.late] if args.late in own else args.late.split(",") if args.late else []
-    for name in late:
-        if name in taught or name not in dataset.classes:
-            raise ValueError(f"--late: no new class '{name}'{data.suggest(name, dataset.classes)}")
+    if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
+        raise ValueError(f"--late: {', '.join(wrong)} must be new classes of the data")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = list(dict.fromkeys(taught + first + late)), list(dict.fromkeys(dataset.classes + taught))
@@ -540,13 +523,9 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """The settings of a run, its data, its checkpoint if there is one, or the network of --from.
-
-    All is checked before the folder of a new run is made. Raises ValueError, in one line.
-    """
+    """Settings, data, checkpoint and earlier network of a run, all checked before its folder is made."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
-        run_folder(args, claim=False)
         if args.late and args.known_classes or args.origin and (args.model or args.image_size):
             raise ValueError("--late decides --known-classes, and --from decides --model and --image-size")
     else:
@@ -579,38 +558,42 @@ def setup(args, argv: list[str]) -> tuple:
     if saved and saved["fingerprint"] != data.fingerprint(dataset):
         raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run's")
     if args.resume is None:
-        args.out = run_folder(args, claim=True)
+        args.out = run_folder(args)
         git = "git describe --always --abbrev=40 --exclude=* --dirty".split()
-        about = {"versions": torch.__version__, "machine": machine(device), "commit": None}
+        cuda, threads = device.type == "cuda", torch.get_num_threads()
+        about = {"machine": torch.cuda.get_device_name(device) if cuda else f"cpu, {threads} threads"}
         with suppress(OSError):
             done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-            about["commit"] = done.stdout.strip() or None
-        data.write_json(f"{args.out}/args.json", vars(args) | about)
+            about["commit"] = done.stdout.strip()
+        try:
+            data.write_json(f"{args.out}/args.json", vars(args) | about)
+        except OSError:
+            os.unlink(f"{args.out}/args.json")  # gives the folder back
+            raise
     return args, dataset, saved, earlier
 
 
-def run_folder(args, claim: bool) -> str:
-    """--out, or the next free runs/DATASET-CURRICULUM-sSEED; claim: make it, for this run alone."""
+def run_folder(args) -> str:
+    """Make --out, or the next free folder in runs/, for this run alone."""
     stem = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
     for n in itertools.count(1):
         folder = Path(args.out or stem + f"-{n}" * (n > 1))
         with suppress(FileExistsError):
-            if not os.path.exists(folder) or folder.is_dir() and not any(folder.iterdir()):
-                if claim:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "args.json").touch(exist_ok=False)  # only one of two runs succeeds
+            folder.mkdir(parents=True, exist_ok=True)
+            if not any(folder.iterdir()):
+                (folder / "args.json").touch(exist_ok=False)  # only one of two runs succeeds
                 return str(folder)
         if args.out:
             raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
 
 def several(args, argv: list[str]) -> int:
-    """All curricula, or all seeds, each run in its own folder, and their comparison. The exit status."""
+    """All curricula, or all seeds, and their comparison. The exit status."""
     names = list(curriculum.CURRICULA) if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        print(f"\n{len(folders)} of {args.seeds * len(names)}: {folder}", flush=True)
+        print(f"\n{folder}", flush=True)
         if args.resume is not None and Path(folder, "args.json").exists():
             status = main(["--resume", folder, "--device", args.device, "--data-dir", args.data_dir])
         else:
@@ -623,18 +606,15 @@ def several(args, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None, **changes) -> int:
-    """Train as the command line says; the exit status: 0, 2 after an error in one line, 130 when stopped."""
+    """Train; the exit status: 0, 2 after an error, 130 when stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a class's name shows "?"
+    for stream in (sys.stdout, sys.stderr):  # "?" for what a terminal cannot show
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, argv)
         args, dataset, saved, earlier = setup(args, argv)
-        if os.path.exists(f"{args.out}/summary.json"):
-            print(f"{args.out} is finished: nothing to do")
-            return 0
         way_on = f"; go on with: python train.py --resume {shlex.quote(args.out)}"
         tune_machine()
         train(args, dataset, saved, earlier)
@@ -649,7 +629,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
 
 
 if __name__ == "__main__":
-    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # these end a run as Ctrl-C does, unless under nohup
-        if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL:
+    for number in {getattr(signal, name, 0) for name in ("SIGTERM", "SIGHUP")} - {0}:  # as Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())
