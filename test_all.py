@@ -2417,7 +2417,7 @@ BAD_VALUES = {
     "--label-budget nan": "--label-budget: must be float in 0.0..1.0",
     "--label-budget 0": "leaves",
     "--per-class 4": "no label of 4",
-    "--prune-units 0.5 --model resnet18": "--prune-units needs a plain chain of layers",
+    "--prune-units 0.5 --model resnet18": "plain chain",
     "--replay 0": "--replay: must be int in 1..",
     "--lr 0": "--lr: must be float in 1e-6..1e3",
     "--epochs 2.5": "--epochs: must be int in 1.., not '2.5'",
