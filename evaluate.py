@@ -504,7 +504,7 @@ def style(i):
 
 def plot(ax, rows, key, label, **look):
     """A column of log.csv over the epochs, unless it is empty."""
-    x, y = np.array([(row["epoch"], row.get(key)) for row in rows], dtype=float).T
+    x, y = np.array([(row["epoch"], row.get(key)) for row in rows], dtype=float).reshape(-1, 2).T
     if np.isfinite(y).any():
         ax.plot(x, y, label=label, markersize=3, **look)
 
