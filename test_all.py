@@ -2137,7 +2137,11 @@ def test_a_table_of_runs_says_what_their_folders_say(finished, tmp_path, capsys)
         assert evaluate.main([str(path), "--out", str(tmp_path / "figure.png")]) == 0
         tables.append(capsys.readouterr().out)
     rows = list(csv.DictReader(text.splitlines()))
-    assert tables[0] == tables[1] == tables[2] and rows[1]["args.seed"] == "1" and rows[0]["args.commit"] == "abc"
+    assert (
+        tables[0] == tables[1] == tables[2]
+        and rows[1]["args.seed"] == "1"
+        and rows[0]["args.commit"] == "abc"
+    )
 
 
 def test_groups_are_named_after_what_tells_them_apart(finished):
