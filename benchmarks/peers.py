@@ -306,7 +306,9 @@ def run(args: argparse.Namespace) -> dict:
         **{f"args.{name}": getattr(args, name) for name in SHOWN},
         "args.ratio": args.ratio if match else None,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "machine": train.machine(device),
+        "machine": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "accuracy": None if headless else right.float().mean().item(),
         "probe": evaluate.linear_probe(h[truth], y[truth], *test),
         "probe_leaked": evaluate.linear_probe(h[labelled], y[labelled], *test),
