@@ -244,7 +244,7 @@ class ConfusionMonitor:
     leaking labels avoid a named kind so well
     """
 
-    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.02, device="cpu"):
+    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
         self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks in a row without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit that an image belongs to
@@ -262,21 +262,32 @@ class ConfusionMonitor:
         self.cooldown_left = max(0, self.cooldown_left - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), places in index
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
-        if self.cooldown_left or len(again) < at_least or not len(known_y):
+        if self.cooldown_left or not len(known_y):
             return None
         # Two images are similar if their cosine exceeds reach**2, the expected cosine of two of one class.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
-        reach, rows = resemblance(known_h, known_y), unit[again]  # (A, D)
-        similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
-        centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
-        near = unit @ centre > reach  # (W)
-        group, found = again[near[again]], (known @ centre > reach).sum()  # (G), places in index
-        expected = (near.sum() + found) * len(known) / (len(unit) + len(known))
-        by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
-        if len(group) < at_least or found > 2 / 3 * expected or by_chance > self.chance:
-            return None
-        self.cooldown_left = self.cooldown + 1
-        return group
+        reach = resemblance(known_h, known_y)
+        classes = torch.stack([known[known_y == c].mean(0) for c in known_y.unique()])  # (classes, D)
+        while len(again) >= at_least:
+            rows = unit[again]  # (A, D)
+            similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
+            centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
+
+            def around(x: Tensor, centre=centre) -> Tensor:
+                """Which rows of x [n,D] are similar to this centre, and to no class more: bool [n]."""
+                cosine = x @ centre
+                return (cosine > reach**2) & (cosine > (x @ F.normalize(classes, dim=1).T).amax(1))
+
+            near, found = around(unit) & claims.isfinite(), around(known).sum()  # (W)
+            group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
+            by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
+            core = group[unit[group] @ centre > reach]
+            enough = len(group) >= at_least and len(core) >= 10
+            if enough and found <= 2 / 3 * expected and by_chance <= self.chance:
+                self.cooldown_left = self.cooldown + 1
+                return core
+            again = again[rows @ centre <= reach**2]
+        return None
 
 
 def kernels(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float):
@@ -448,8 +459,8 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge two unnamed units that hold one kind, and split one that holds two.
 
-        A unit is split if k-means puts its halves farther apart than those of any known class, and two units
-        are merged if they are nearer than is usual. claimed: int64 [V], images that belong to known classes.
+        A unit is split if k-means puts its halves farther apart than those of any known class, by as much as
+        the least compact of these is below the median, and two units are merged if they are nearer than is usual. claimed: int64 [V], images that belong to known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
@@ -471,7 +482,7 @@ class HeadManager:
                 continue
             cosine, second = two_means(h[index])  # bool (n)
             second = second if second.sum() <= len(index) / 2 else ~second
-            if cosine < usual.min() and second.sum() >= 20:
+            if cosine < 2 * usual.min() - usual.median() and second.sum() >= 20:
                 self.units.age[unit] = 0  # so that it is not taken for its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
@@ -514,7 +525,7 @@ class HeadManager:
     def name_class(self, pool, c: int, votes: Tensor) -> None:
         """Give class c, whose first labels have come, a unit; votes int64 [N]: from `discover`, changed.
 
-        The unnamed unit that most of its labelled images fall into; else its own from the start or a new one.
+        The unnamed unit that more than half of its labelled images fall into; else its own or a new one.
         """
         units, index = self.units, (pool.labelled & (self.y == c)).nonzero()[:, 0]  # (n)
         logits, bias = head_logits(self.ema.head, self.embed(self.ema, index)), linear_of(self.ema.head).bias
@@ -522,7 +533,7 @@ class HeadManager:
         best = logits.masked_fill(~units.in_use(pool.taught_before), -math.inf).argmax(1)  # (n)
         count = best.bincount(minlength=len(units.owner))  # (U)
         unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None
-        if units.owner[unit] == UNNAMED:
+        if units.owner[unit] == UNNAMED and count[unit] > len(index) / 2:
             if own is not None:
                 self.release(own)
             units.owner[unit], units.age[unit] = c, 0
