@@ -255,8 +255,9 @@ class ConfusionMonitor:
         """The places in `index` int64 [W] of images that are a kind without a unit, or None; once an epoch.
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
-        known_y [L]: labelled images, whose spread says how near images of a kind are. Around a kind are at
-        most two thirds of the labels that a named one would have, and fewer than chance explains.
+        known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is dense and
+        pure at its centre; of all images that are nearer to it than to any class, at most two thirds of the
+        share that a named kind has are labelled, and fewer than chance explains.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
@@ -267,25 +268,27 @@ class ConfusionMonitor:
         # Two images are similar if their cosine exceeds reach**2, the expected cosine of two of one class.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach = resemblance(known_h, known_y)
-        classes = torch.stack([known[known_y == c].mean(0) for c in known_y.unique()])  # (classes, D)
+        classes = [F.normalize(known[known_y == c].mean(0), dim=0) for c in known_y.unique()]
+
+        def around(x: Tensor, centre: Tensor) -> Tensor:
+            """Which rows of x [n,D] are similar to a centre [D], and to no class more: bool [n]."""
+            cosine = x @ centre
+            return (cosine > reach**2) & (cosine > (x @ torch.stack(classes).T).amax(1))
+
         while len(again) >= at_least:
             rows = unit[again]  # (A, D)
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
             centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
-
-            def around(x: Tensor, centre=centre) -> Tensor:
-                """Which rows of x [n,D] are similar to this centre, and to no class more: bool [n]."""
-                cosine = x @ centre
-                return (cosine > reach**2) & (cosine > (x @ F.normalize(classes, dim=1).T).amax(1))
-
-            near, found = around(unit) & claims.isfinite(), around(known).sum()  # (W)
+            centre = F.normalize(
+                rows[around(rows, centre)].mean(0), dim=0
+            )  # of the kind, not its densest part
+            near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
             by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
-            core = group[unit[group] @ centre > reach]
-            enough = len(group) >= at_least and len(core) >= 10
-            if enough and found <= 2 / 3 * expected and by_chance <= self.chance:
+            group = group[unit[group] @ centre > reach]  # (G), places in index
+            if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= self.chance:
                 self.cooldown_left = self.cooldown + 1
-                return core
+                return group
             again = again[rows @ centre <= reach**2]
         return None
 
@@ -460,7 +463,7 @@ class HeadManager:
         """Merge two unnamed units that hold one kind, and split one that holds two.
 
         A unit is split if k-means puts its halves farther apart than those of any known class, by as much as
-        the least compact of these is below the median, and two units are merged if they are nearer than is usual. claimed: int64 [V], images that belong to known classes.
+        the least compact of these is below the median, and two units are merged if they are nearer than those. claimed: int64 [V], images that belong to known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
@@ -469,7 +472,7 @@ class HeadManager:
             return
         for a, b in itertools.combinations(self.units.unnamed(), 2):
             here, there = concept == a, concept == b  # (N), (N)
-            if F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.median():
+            if F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.min():
                 first = (a in self.given, here.sum()) >= (b in self.given, there.sum())
                 kept, gone = (a, b) if first else (b, a)
                 if gone not in self.given:
