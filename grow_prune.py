@@ -81,10 +81,9 @@ def random_rows(p: Tensor, count: int, like: Tensor) -> Tensor:
 def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> None:
     """Add `count` units to a linear layer, in place, in the middle of training.
 
-    The parameters stay the same objects. Old rows keep values, gradients and optimizer state, so that their
-    next update is what it would have been. New ones have a random direction, the mean length of the others,
-    no bias and a state of zeros. Raises ValueError before anything is changed: for count < 1, a head that is
-    no plain nn.Linear, an optimizer with another state (Adafactor, LBFGS, Rprop).
+    The parameters stay the same objects; old rows keep values, gradients and optimizer state. New ones have a
+    random direction, the mean length of the others, no bias and a state of zeros. Raises ValueError before
+    anything is changed: count < 1, no plain nn.Linear, an optimizer of other state (Adafactor, LBFGS, Rprop).
     """
     head = linear_of(head)
     if count < 1:
@@ -119,8 +118,8 @@ def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> Non
 def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float = 0.03, rivals=None) -> None:
     """Point a unit at embeddings h [n,D] of its class, so that the class can be predicted at once.
 
-    Its row becomes normalize(mean(normalize(h))), with the mean length of the other rows. The mean of few
-    images lies close to everything. Given others [m,D], of other classes, it is therefore turned to where its
+    Its row becomes normalize(mean(normalize(h))), of the mean length of the others. The mean of few images
+    lies close to everything. Given others [m,D], of other classes, it is therefore turned to where its
     class differs from them (`discriminant`), and the bias keeps the mean logit of h, or lowers it until the
     unit wins at most the share `tolerance` of the others (one more at a tie) from its rivals (bool [U], None:
     all). Needs a bias for that. Raises ValueError before anything is changed.
@@ -235,13 +234,11 @@ class Units:
 class ConfusionMonitor:
     """Finds a kind without a unit: unclaimed images, look after look, that resemble each other.
 
-    Labels leak at random: around a named kind they come at a known rate, around a nameless one hardly ever,
-    however sure the softmax is.
+    Labels leak at random: around a named kind at a known rate, around a nameless one hardly ever.
 
-    n: number of images; at_least: share of the images looked at per named class that makes a kind (20 images
-    or more); patience: looks in a row in which an image must be unclaimed; cooldown: looks after a find
-    without another, while the new unit spreads over its kind; chance: largest probability that randomly
-    leaking labels avoid a named kind so well
+    n: number of images; at_least: share of the images looked at per named class that makes a kind (20 or
+    more); patience: looks in a row in which an image must be unclaimed; cooldown: looks without another find,
+    while the new unit spreads; chance: largest probability that leaking labels avoid a named kind so well
     """
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
@@ -255,9 +252,9 @@ class ConfusionMonitor:
         """The places in `index` int64 [W] of images that are a kind without a unit, or None; once an epoch.
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
-        known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is dense and
-        pure at its centre; of all images that are nearer to it than to any class, at most two thirds of the
-        share that a named kind has are labelled, and fewer than chance explains.
+        known_y [L]: labelled images, whose spread says how near images of a kind are. Of all images nearer
+        to a new kind than to any class at most two thirds of the usual share are labelled, and fewer than
+        chance explains.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
@@ -265,13 +262,13 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
-        # Two images are similar if their cosine exceeds reach**2, the expected cosine of two of one class.
+        # Two images are similar above the cosine reach**2, which two of one class are expected to have.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach = resemblance(known_h, known_y)
         classes = [F.normalize(known[known_y == c].mean(0), dim=0) for c in known_y.unique()]
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
-            """Which rows of x [n,D] are similar to a centre [D], and to no class more: bool [n]."""
+            """Which rows of x [n,D] are like a centre [D], and no class more: bool [n]."""
             cosine = x @ centre
             return (cosine > reach**2) & (cosine > (x @ torch.stack(classes).T).amax(1))
 
@@ -279,9 +276,7 @@ class ConfusionMonitor:
             rows = unit[again]  # (A, D)
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
             centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
-            centre = F.normalize(
-                rows[around(rows, centre)].mean(0), dim=0
-            )  # of the kind, not its densest part
+            centre = F.normalize(rows[around(rows, centre)].mean(0), dim=0)  # of all of it
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
             by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
@@ -462,8 +457,9 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge two unnamed units that hold one kind, and split one that holds two.
 
-        A unit is split if k-means puts its halves farther apart than those of any known class, by as much as
-        the least compact of these is below the median, and two units are merged if they are nearer than those. claimed: int64 [V], images that belong to known classes.
+        Two are merged if their centres are nearer than the halves (by k-means) of the least compact known
+        class; one is split if its halves are farther apart than those, by the margin to the median class.
+        claimed: int64 [V], images that belong to known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
@@ -499,7 +495,7 @@ class HeadManager:
         self.log(event, unit, c, len(index), purity)
 
     def release(self, unit: int) -> None:
-        """Let a unit stand for nothing and be the first to be used again, unless a person has named it."""
+        """Let a unit stand for nothing, to be used again first, unless a person has named it."""
         if unit not in self.given:
             self.units.owner[unit] = FREE
             self.monitor.concept[self.monitor.concept == unit] = -1
@@ -586,8 +582,8 @@ def smallest(sizes: list[Tensor], share: float) -> tuple[Tensor, ...]:
 def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude.
 
-    Returns masks {parameter name: bool, True = kept} for `apply_masks`. Zeros go first, so a rising sparsity
-    only adds to what is pruned. Raises ValueError outside 0..1.
+    Returns masks {parameter name: bool, True = kept} for `apply_masks`. Zeros go first.
+    Raises ValueError outside 0..1.
     """
     weights = prunable(model)
     gone = smallest([w.abs().flatten() for w in weights.values()], sparsity)
@@ -610,8 +606,8 @@ def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
 def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of a chain's filters with the smallest norm, and their batch norm.
 
-    Those of the last layer, the embedding, do not count. Norms are relative to the mean of their layer, whose
-    largest filter stays. Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
+    Those of the last layer do not count. Norms are relative to the mean of their layer, whose largest filter
+    stays. Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
     norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]  # (filters) each
