@@ -16,7 +16,6 @@ import math
 import re
 import sys
 import textwrap
-import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 Rows, Names = Sequence[dict], Sequence[str]
 MAY_BE_EMPTY = ("gcd_accuracy", "open_world", "concept_scores")
+PARTS = ("h", "z", "logits")  # of what a network returns
 
 # ---- measured: the encoder ----
 
@@ -37,21 +37,20 @@ MAY_BE_EMPTY = ("gcd_accuracy", "open_world", "concept_scores")
 def measured(function: Callable) -> Callable:
     """Compute in float32 without autocast and gradients, whatever surrounds the call or comes in.
 
-    Raises ValueError, naming the argument, for unequal or no rows (train_*, test_* apart), or train_y < 0.
+    ValueError names an argument with no rows or another number (train_*, test_* apart), or train_y < 0.
     """
-    names = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def wrapped(*args, **options):
-        given, rows = dict(zip(names, args, strict=False)) | options, {}
-        for name, value in given.items():
-            if isinstance(value, Tensor):
-                wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(value))
-                if len(value) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
-                    raise ValueError(f"{name} has {len(value)} rows instead of {wanted or 'at least one'}")
-                if name == "train_y" and value.min() < 0:
+        given, rows = inspect.signature(function).bind(*args, **options).arguments, {}
+        for name, x in given.items():
+            if isinstance(x, Tensor):
+                wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
+                if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
+                    raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
+                if name == "train_y" and x.min() < 0:
                     raise ValueError("train_y is negative: leave images without a label out")
-                given[name] = value.float() if value.is_floating_point() else value
+                given[name] = x.float() if x.is_floating_point() else x
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(**given)
 
@@ -62,12 +61,12 @@ def measured(function: Callable) -> Callable:
 def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -> Tensor:
     """What a network makes of images uint8 or float [N,3,H,W] in eval mode: float32, on their device.
 
-    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Every module returns to its mode. Raises
-    ValueError for another part, dtype, shape or size (network.image_size).
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Every module returns to its mode.
+    ValueError for another part, dtype, shape or size than network.image_size.
     """
-    parts, size = ("h", "z", "logits"), getattr(network, "image_size", None)
-    if part not in parts:
-        raise ValueError(f"part is one of {', '.join(parts)}, not {part!r}")
+    size = getattr(network, "image_size", None)
+    if part not in PARTS:
+        raise ValueError(f"part is one of {', '.join(PARTS)}, not {part!r}")
     fits = x.ndim == 4 and x.shape[1] == 3 and x.shape[2:] == (size or x.shape[2], size or x.shape[3])
     if not fits or x.dtype not in (torch.uint8, torch.float32):
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H, W'}]")
@@ -78,7 +77,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
             images = images.float().div_(255) if images.dtype == torch.uint8 else images
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 output = network(images.contiguous(memory_format=torch.channels_last))
-            out.append(output[parts.index(part)].float())
+            out.append(output[PARTS.index(part)].float())
     finally:
         for module, mode in modes:
             module.training = mode
@@ -89,8 +88,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
 def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2=None) -> float:
     """Test accuracy (0..1) of logistic regression on frozen embeddings [N,D], standardised.
 
-    Minimises mean cross-entropy + l2 |W|^2: scikit-learn's with C = 1 / (2 l2 N). l2: None for the best of
-    four on a random fifth of the training images.
+    l2: weight of |W|^2 beside the mean cross-entropy; None for the best of four on a fifth of the images.
     """
     if l2 is None:
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0)).to(train_y.device)
@@ -117,22 +115,13 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 @measured
 def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k=20) -> float:
     """Test accuracy (0..1) of k nearest neighbours by cosine, with votes exp(cosine / 0.1)."""
+    from sklearn.neighbors import KNeighborsClassifier
+
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    train_h, test_h, right = F.normalize(train_h, dim=1), F.normalize(test_h, dim=1), 0
-    for h, y in zip(test_h.split(250), test_y.split(250), strict=True):
-        similarity, near = (h @ train_h.T).topk(min(k, len(train_h)), dim=1)  # (b, k)
-        votes = h.new_zeros(len(h), int(train_y.max()) + 1)
-        votes.scatter_add_(1, train_y[near], (similarity / 0.1).exp())
-        right += int((votes.argmax(1) == y).sum())
-    return right / len(test_y)
-
-
-@measured
-def class_accuracy(predicted: Tensor, y: Tensor, num_classes: int) -> list[float]:
-    """Accuracy (0..1) of each class; NaN for a class without images."""
-    right, count = (labels.bincount(minlength=num_classes) for labels in (y[predicted == y], y))
-    return (right.double() / count).tolist()
+    train_h, test_h = (F.normalize(h, dim=1).cpu().numpy() for h in (train_h, test_h))
+    votes = KNeighborsClassifier(min(k, len(train_h)), weights=lambda d: np.exp((1 - d**2 / 2) / 0.1))
+    return float(votes.fit(train_h, train_y.cpu()).score(test_h, test_y.cpu()))
 
 
 def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
@@ -170,7 +159,7 @@ def matched(unit: Tensor, y: Tensor) -> Tensor:
 def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float]:
     """k-means on unit embeddings h [N,D], a cluster for each class in y [N]: ari, nmi, silhouette, accuracy.
 
-    Accuracy, under the best match of clusters and classes, would alone hide a collapse.
+    Accuracy is that of the best match of clusters and classes.
     """
     from sklearn import cluster, metrics
 
@@ -179,7 +168,7 @@ def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float
     chosen = np.random.default_rng(seed).permutation(len(y))[:sample]
     several = 1 < len(np.unique(found[chosen])) < len(chosen)
     return {
-        "ari": float(metrics.adjusted_rand_score(y, found)),
+        "ari": metrics.adjusted_rand_score(y, found),
         "nmi": float(metrics.normalized_mutual_info_score(y, found)),
         "silhouette": float(metrics.silhouette_score(unit[chosen], found[chosen])) if several else 0.0,
         "accuracy": matched(torch.from_numpy(found), y).double().mean().item(),
@@ -207,10 +196,9 @@ def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
     return {name: fraction(right, part) for name, part in parts.items()}
 
 
-def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float]:
-    """The columns accuracy_<name> of log.csv."""
-    each = zip(classes, class_accuracy(predicted, y, len(classes)), strict=True)
-    return {f"accuracy_{name}": value for name, value in each}
+def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float | None]:
+    """The columns accuracy_<name> of log.csv; None for a class without images."""
+    return {f"accuracy_{name}": fraction(predicted == y, y == c) for c, name in enumerate(classes)}
 
 
 @measured
@@ -236,9 +224,9 @@ def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: T
 
 
 def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
-    """Figures for summary.json from (embeddings [N,D], classes [N]) of training and test images and the log.
+    """Figures for summary.json from (embeddings [N,D], classes [N], -1: none) of training and test images.
 
-    Class -1 is left out; budget: bool [N], training labels that may leak; known: names of the old classes.
+    budget: bool [N], training labels that may leak; rows: of log.csv; known: names of the old classes.
     """
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
@@ -364,8 +352,8 @@ def calibration_error(confidence: Tensor, right: Tensor, bins=15) -> float:
 def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     """What a network (`model.load`) says to images [N,3,H,W]: unit, answer, confidence (0..1), claim.
 
-    answer: the unit's name or "unit 8", or "unknown" if the claim is below network.answering["limit"]; units
-    found without labels (answering["unnamed"]) need no claim.
+    answer: the unit's name or "unit 8", or "unknown" if the claim is below network.answering["limit"], which
+    units found without labels (answering["unnamed"]) do not need.
     """
     from train import grow_prune, model
 
@@ -420,28 +408,24 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
-        line += "       -" if loss is None else f"  {loss:6.3f}"
+        line += f"{'-' if loss is None else f'{loss:.3f}':>8s}"
     for key, width in dict(accuracy=10, old_accuracy=7, new_accuracy=7, open_accuracy=7, sparsity=8).items():
         line += f"{'-' if row[key] is None else f'{100 * row[key]:.1f}%':>{width}s}"
     minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
     line += f"  {row['images_per_second']:5.0f}  {minutes:3d}:{seconds:02d}"
-    return "\n".join([line, *(event_line(event) for event in events if event["event"] != "arrived")])
-
-
-def event_line(event: dict) -> str:
-    """An event of the head's life as a line."""
-    line = f"         {event['event']}: unit {event['unit']}"
-    line += f" for class {event['class']}" if event["class"] else ""
-    evidence = [f"{event['count']} images"] if event["count"] is not None else []
-    evidence += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
-    return line + f" ({', '.join(evidence)})" * bool(evidence)
+    for event in events:
+        told = [f"{event['count']} images"] * (event["count"] is not None)
+        told += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
+        name = f" for class {event['class']}" * bool(event["class"]) + f" ({', '.join(told)})" * bool(told)
+        line += f"\n         {event['event']}: unit {event['unit']}{name}" * (event["event"] != "arrived")
+    return line
 
 
 def describe(summary: dict, images: int, known: int) -> str:
     """The figures of one run as aligned text; those of the open world only if there are any."""
     keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
-    lines = [f"{images:,} training images; old: the first {known} classes"]
-    return "\n".join([*lines, *(f"{key:20s}{told(key, summary[key]):>10s}" for key in keys)])
+    lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
+    return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
 
 
 # ---- drawn: a run ----
@@ -450,7 +434,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
-FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
 LOOK = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.usetex": False}
 BESIDE, CENTRE = dict(loc="center left", bbox_to_anchor=(1.01, 0.5)), dict(ha="center", va="center")
 BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
@@ -537,7 +521,7 @@ def draw_curves(rows, classes, path):
 
 
 def draw_life(rows, events, classes, path):
-    """Which unit stands for what in each epoch; a hatched one has no name yet. Of many, those that change."""
+    """Which unit stands for what in each epoch, hatched without a name; of many units those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
     told = sorted({event["unit"] for event in events} - {None} | set(range(units if units <= 25 else 0)))
@@ -546,17 +530,17 @@ def draw_life(rows, events, classes, path):
             life = [{"epoch": first, "event": "", "class": name} for name in classes[unit:units][:1]]
             life += [event for event in events if event["unit"] == unit]
             for event, after in zip(life, [*life[1:], {"epoch": end}], strict=True):
-                start, name = event["epoch"] - 0.5, event["class"]
-                if event["event"] in ("released", "merged"):
+                length, name = after["epoch"] - event["epoch"], event["class"]
+                if not length or event["event"] in ("released", "merged"):
                     continue
+                look, text = {}, shown(name or "?", 12)
                 if event["event"] in ("opened", "split"):
-                    pure = "" if event["purity"] is None else f" {100 * event['purity']:.0f} %"
-                    look, text = dict(fc="white", hatch="////", ec="#777777"), shown(name or "?", 12) + pure
+                    look = dict(fc="white", hatch="////", ec="#777777")
+                    text += "" if event["purity"] is None else f" {100 * event['purity']:.0f} %"
                 else:
-                    look, text = dict(color=style(classes.index(name))["color"]), shown(name)
-                if after["epoch"] > event["epoch"]:
-                    ax.barh(line, after["epoch"] - event["epoch"], left=start, height=0.7, **look)
-                    ax.text(start + 0.2, line, text, va="center", fontsize=7, bbox=BOX)
+                    look["color"] = style(classes.index(name))["color"]
+                ax.barh(line, length, left=event["epoch"] - 0.5, height=0.7, **look)
+                ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
         arrivals = [event for event in events if event["event"] == "arrived"]
         for event in arrivals:
             ax.axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
@@ -591,8 +575,8 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
 def draw_story(looks, classes, path, method="tsne"):
     """The same test images in the course of training, a panel for each look; a single one shows names.
 
-    A look: {"name": of the stage, "epoch": done, "classes": seen so far, "h": [N,D], "y": int64 [N]}. Late
-    classes have an outline, and are grey until they are seen.
+    A look: {"name": of the stage, "epoch", "classes": seen so far, "h": [N,D], "y": int64 [N]}. Late classes
+    have an outline, and are grey until they are seen.
     """
     known, n, single = looks[0].get("known", looks[0]["classes"]), len(classes), len(looks) == 1
     size = (8 + 3 * (n > 20), 7 + 4 * (n > 20)) if single else (3.1 * len(looks), 4.2)
@@ -621,30 +605,24 @@ def draw_story(looks, classes, path, method="tsne"):
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
     """2,000 embeddings h [N,D] of classes y [N]; known, seen: classes at the start, the end (None: all)."""
     chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
-    look = {
-        "name": "",
-        "epoch": 0,
-        "classes": n if seen is None else seen,
-        "known": n if known is None else known,
-    }
-    draw_story([look | {"h": h[chosen], "y": y[chosen]}], classes, path, method)
+    h, y = h[chosen], y[chosen]
+    look = {"name": "", "epoch": 0, "classes": seen or n, "known": known or n, "h": h, "y": y}
+    draw_story([look], classes, path, method)
 
 
 @measured
 def draw_confusion(predicted, y, classes, path):
     """Which class is taken for which: true ones in rows, predicted ones in columns; per cent of the row."""
     n, names = len(classes), [shown(name, 20) for name in classes]
-    table = (
-        torch.zeros(n, n).index_put_((y.cpu(), predicted.cpu()), torch.ones(len(y)), accumulate=True).numpy()
-    )
+    table = (y * n + predicted).bincount(minlength=n * n).view(n, n).cpu().numpy()
     share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))
     with figure(path, size + 1, size) as (fig, ax):
         fig.colorbar(ax.imshow(share, "cividis", vmin=0, vmax=100), shrink=0.8, label="% of the true class")
         for i, j in zip(*np.nonzero(share >= 0.5), strict=True) if n <= 20 else ():
             ax.text(j, i, f"{share[i, j]:.0f}", color="black" if share[i, j] > 55 else "white", **CENTRE)
-        font = dict(fontsize=max(3, min(9, 500 / n)))
-        ax.set_xticks(range(n), names, rotation=90, **font)
-        ax.set_yticks(range(n), names, **font)
+        font = dict(labels=names, fontsize=max(3, min(9, 500 / n)))
+        ax.set_xticks(range(n), rotation=90, **font)
+        ax.set_yticks(range(n), **font)
         right = f"{len(y):,} test images: {100 * table.trace() / len(y):.1f} % right"
         ax.set(xlabel="predicted", ylabel="true", title=right)
 
@@ -732,50 +710,35 @@ def read_runs(path):
     return runs
 
 
-def write_runs(folders, path):
-    """A table with a row for each run: its settings (args.*) and its summary."""
-    from train import data
-
-    runs = [run for folder in folders for run in read_runs(folder)]
-    rows = [{f"args.{k}": v for k, v in args.items()} | summary for args, summary in runs]
-    cells = [{k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()} for row in rows]
-    data.write_csv(path, cells)
-    return f"{len(rows)} runs: {path}"
-
-
 def runs_among(paths):
     """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones in it."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
-        inside = sorted(args.parent for args in path.glob("*/args.json"))
-        inside = [] if (path / "args.json").exists() else inside
-        for run in inside:
+        inside = [] if (path / "args.json").exists() else sorted(path.glob("*/args.json"))
+        for run in (args.parent for args in inside):
             if (run / "summary.json").exists():
                 folders.append(run)
             else:
                 say_once(f"{run}: not finished, left out")
-        if not inside and (path.suffix == ".csv" or not path.is_file()):
-            folders.append(path)
+        folders += [] if inside or path.suffix != ".csv" and path.is_file() else [path]
     return list({folder.resolve(): folder for folder in folders}.values())
 
 
 def compare(paths):
     """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum and what differs; learning rate and label budget, which belong to the
-    curriculum, if they differ within one. "again": runs that repeat a seed and class order.
+    The name is the curriculum and what differs. "again": runs that repeat a seed and class order.
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
         key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in FIGURES})
         groups.setdefault(key, []).append((args, summary))
     settings = list(map(json.loads, groups))
+    several = {k: {json.dumps(s[k]) for s in settings if k in s} for s in settings for k in s}
     for setting, runs in zip(settings, groups.values(), strict=True):
-        name = curriculum = str(setting["curriculum"])
-        for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
-            alike = [s for s in settings if s["curriculum"] == curriculum or k not in ("lr", "label_budget")]
-            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
-            if len(values) > 1 and v not in ("null", "false", "[]"):
+        name = str(setting["curriculum"])
+        for k, v in ((k, json.dumps(setting.get(k))) for k in several if k != "curriculum"):
+            if len(several[k]) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
         name += f" ({len(result) + 1})" if name in result else ""  # it differs where others have no setting
         again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
@@ -806,9 +769,8 @@ def comparison_table(result):
 
 def draw_comparison(result, path):
     """Test accuracies as bars, with the standard deviation over runs."""
-    bars = ("accuracy", "probe_leaked", "probe", "knn")
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
-        for i, key in enumerate(bars):
+        for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
             look = dict(xerr=std, color=COLOURS[i], label=key.replace("accuracy", "head"))
             drawn = ax.barh(np.arange(len(result)) + 0.2 * i - 0.3, mean, 0.18, **look)
@@ -831,18 +793,15 @@ def open_network(run):
 
 
 def write_compact(run, path):
-    """Write a run's network without its dead filters; compare outputs and times on 512 images of noise."""
+    """Write a run's network without its dead filters, and compare outputs on 512 images of noise."""
     from train import data, model
 
     whole = open_network(run)
     small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
     data.write_atomically(path, data.torch_bytes(model.pack(small)))
-    parts = ("h", "z", "logits")
-    apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in parts)
-    old, new = (min(timeit.repeat(lambda n=n: embed(n, x), number=1, repeat=7)) for n in (whole, small))
+    apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
-    told = f"{path}: {left:,} of {size:,} weights in the encoder, {old / new:.2f} times as fast"
-    return f"{told}; outputs apart by at most {apart:.1e}"
+    return f"{path}: {left:,} of {size:,} weights in the encoder; outputs apart by at most {apart:.1e}"
 
 
 def predict(run, paths, table):
@@ -883,9 +842,9 @@ def draw_predictions(path, files, rows, size):
 
 
 def name_units(run, pairs):
-    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint.
+    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint; again, if wished.
 
-    The name of a class joins the unit to it. They may be named anew; a class with labels keeps unit and name.
+    The name of a class joins the unit to it.
     """
     from train import VERSION, data
 
@@ -912,10 +871,10 @@ def name_units(run, pairs):
 
 def act(args):
     """Do what the command line asks for; the text to print."""
-    asked = [f"--{flag}" for flag in ("compact", "predict", "name", "csv") if getattr(args, flag)]
-    if len(asked) > 1 or len(args.runs) > 1 and asked not in ([], ["--csv"]):
+    asked = [f"--{flag}" for flag in ("compact", "predict", "name") if getattr(args, flag)]
+    if asked and len(asked) + len(args.runs) > 2:
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
-    out = args.compact or args.csv or args.out or ("predictions.csv" if args.predict else "comparison.png")
+    out = args.compact or args.out or ("predictions.csv" if args.predict else "comparison.png")
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: its folder is not there")
@@ -928,8 +887,6 @@ def act(args):
     folders = runs_among(args.runs)
     if not folders:
         raise ValueError(f"{run}: not a run folder")
-    if args.csv:
-        return write_runs(folders, out)
     result = compare(folders)
     for name, row in result.items():
         if row["again"]:
@@ -940,20 +897,16 @@ def act(args):
 def main(argv=None):
     """The command line. Exit status: 0, or 2 after one line on stderr that says what is wrong."""
     parser = argparse.ArgumentParser(description="Compare finished runs, or use one of them.")
-    for flag, options in {
-        "runs": dict(nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)"),
-        "--csv": dict(metavar="FILE", help="write the runs to a table"),
-        "--predict": dict(nargs="+", metavar="PATH", help="answer for images and folders of them"),
-        "--name": dict(action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf"),
-        "--compact": dict(metavar="FILE", help="write the network without its dead filters"),
-        "--out": dict(metavar="FILE", help="default: comparison.png or predictions.csv"),
-    }.items():
-        parser.add_argument(flag, **options)
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)")
+    add("--predict", nargs="+", metavar="PATH", help="answer for images and folders of them")
+    add("--name", action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf")
+    add("--compact", metavar="FILE", help="write the network without its dead filters")
+    add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a class name shows "?"
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
-        print(act(args))
+        print(act(parser.parse_args(argv)))
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
