@@ -21,12 +21,23 @@ from dataclasses import dataclass
 # The gradual curriculum: when things happen, in progress 0..1.
 LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join: of the first and of the last one
-NAMING = (
-    0.10  # the first labels of a late class come this much after its images, so that it can be discovered
-)
+NAMING = 0.10  # the first labels of a late class come so much later, so that it can be discovered
 LABELLED_SHARE = (0.5, 0.2)  # share of each batch drawn from the labelled images, at first and in the end
 RARER = (0.40, 0.60)  # the share falls in this interval; by then the labels have spread to other images
 PRUNE = (0.30, 0.85)  # weights are pruned in this interval, along a cubic
+
+CIFAR = dict(model="vgg16", epochs=100, batch_size=128, lr=0.06, min_steps=1, image_size=32)
+DEFAULTS = {
+    "cifar": CIFAR,
+    "digits": CIFAR | dict(model="cnn", epochs=60),
+    "mnist": CIFAR | dict(model="cnn", epochs=15),
+    "folder": CIFAR | dict(model="vgg-small", epochs=50, min_steps=50),
+}
+
+
+def defaults(dataset: str) -> dict:
+    """The settings with which a data set is trained, unless others are given."""
+    return DEFAULTS.get(dataset.partition(":")[0], CIFAR)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import sys
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -536,13 +538,6 @@ def write_atomically(path, content, mark: str = "") -> None:
         raise
 
 
-def torch_bytes(value: object) -> bytes:
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 def write_json(path, value: dict) -> None:
     """A dictionary as JSON in UTF-8."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -559,13 +554,18 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
-def write_table(path, rows: list[dict], columns=None) -> str | None:
-    """`write_csv`, and None, or a warning in one line if the file may not be replaced."""
+def write_table(path, rows: list[dict], columns=None) -> None:
+    """`write_csv`, or a line on stderr, once, if the file may not be replaced."""
     try:
         write_csv(path, rows, columns)
     except PermissionError as error:
-        return printable(f"{path} was not written ({error.strerror}); is it open in another program?")
-    return None
+        say_once(printable(f"{path} was not written ({error.strerror}); is it open in another program?"))
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line to stderr, once."""
+    print(line, file=sys.stderr)
 
 
 def read_checkpoint(path, version: int) -> dict:

@@ -37,12 +37,6 @@ import grow_prune
 import losses
 import model
 
-CIFAR = dict(model="vgg16", epochs=100, batch_size=128, lr=0.06, min_steps=1, image_size=32)
-DEFAULTS = {  # of other data sets
-    "digits": CIFAR | dict(model="cnn", epochs=60),
-    "mnist": CIFAR | dict(model="cnn", epochs=15),
-    "folder": CIFAR | dict(model="vgg-small", epochs=50, min_steps=50),
-}
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")  # of the loss
 VERSION = 7  # of the checkpoint
 
@@ -51,10 +45,10 @@ VERSION = 7  # of the checkpoint
 
 
 class State:
-    """Everything that training changes, and that a checkpoint holds."""
+    """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network of so many units, or that of an earlier run, and all that trains it."""
+        """A new network of so many units, or an earlier run's, and all that trains it."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         options = dict(mean=dataset.mean, std=dataset.std, image_size=args.image_size)
@@ -68,7 +62,7 @@ class State:
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.masks = {}  # of the pruned weights: bool, True = kept
         self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at their first labels
-        self.snapshots, self.answering = [], None  # for story.png; for `evaluate.answers`
+        self.answering = None  # for `evaluate.answers`
         self.before = None  # accuracy on the old classes before training, after --from
 
         def embed(network, index: Tensor) -> Tensor:
@@ -93,7 +87,7 @@ class State:
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # of this device
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
-        for name in ("rows", "first_sight", "snapshots", "answering", "before"):
+        for name in ("rows", "first_sight", "answering", "before"):
             setattr(self, name, saved[name])
         model.set_learning_rate(self.optimizer, lr)
         self.head.load_state_dict(saved)
@@ -187,7 +181,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 
 
 def train(args, dataset, saved: dict | None, earlier) -> None:
-    """Train from the start, from the network of an earlier run, or on from a saved checkpoint."""
+    """Train from the start, from an earlier run's network, or on from a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
     options = (args.epochs, len(classes), args.known_classes, args.label_budget, args.prune)
@@ -209,9 +203,15 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     def save() -> None:
         about = {"version": VERSION, "args": vars(args), "fingerprint": fingerprint}
         about |= {"names": head.names(pool.taught)} | state.state_dict()
-        data.write_atomically(f"{args.out}/checkpoint.pt", data.torch_bytes(about))
+        data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about))
 
-    announce(args, dataset, steps)
+    known = args.known_classes
+    notes = [
+        f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; writing to {args.out}",
+        f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
+        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images",
+    ]
+    print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
@@ -236,8 +236,6 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
         # 2. Clusters and pseudo-labels.
         targets = make_targets(state, pool, mix, votes, h, args.replay is None, generator)
-        if not epoch:
-            snapshot(state, dataset, "before", stage.classes)
 
         # 3. Training steps; on a GPU they are CUDA graphs, captured anew for new targets.
         state.network.train()
@@ -268,11 +266,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         means = zip(TERMS, record.mean(0).tolist(), strict=True)
         row |= {f"loss_{term}": loss if mix[term] else None for term, loss in means}
         state.rows += [row | {"images_per_second": speed, "seconds": time.perf_counter() - start}]
-        if epoch + 1 == args.epochs or stages[epoch + 1].name != stage.name:
-            snapshot(state, dataset, stage.name, stage.classes)
-        for name, *table in (("log", state.rows), ("events", head.events, grow_prune.EVENT)):
-            if warning := data.write_table(f"{args.out}/{name}.csv", *table):
-                evaluate.say_once(warning)
+        data.write_table(f"{args.out}/log.csv", state.rows)
+        data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT)
         save()
         happened = [event for event in head.events if event["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
@@ -280,18 +275,18 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
 
 def name_new_classes(args, state, dataset, pool, votes: Tensor) -> None:
-    """Give the classes with first labels a unit, and see how well late ones are recognised with it."""
+    """Give classes with first labels a unit, and see how well late ones are recognised with it."""
     y, before = dataset.test_y, pool.taught_before
     for c in (pool.taught & ~before).nonzero()[:, 0].tolist():
         state.head.name_class(pool, c, votes)
         if c >= args.known_classes and before.any():
-            known = before | (torch.arange(len(before), device=y.device) == c)
+            known = before.index_fill(0, torch.tensor(c, device=y.device), True)
             right = state.head.predict(state.embed(dataset.test_x), known)[1] == y
             state.first_sight[dataset.classes[c]] = evaluate.fraction(right, y == c)
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, by a fixed part of the test images, in the last epoch all. h: see `train`."""
+    """A row of log.csv, by some of the test images, in the last epoch all. h: see `train`."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
@@ -324,31 +319,13 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
 
-def snapshot(state, dataset, name: str, classes: int) -> None:
-    """Keep embeddings of the same 300 test images for story.png."""
-    part = data.sample(dataset.test_y >= 0, 300, seed=1)
-    h, y = F.normalize(state.embed(dataset.test_x[part]), dim=1).half().cpu(), dataset.test_y[part].cpu()
-    state.snapshots += [{"name": name, "epoch": len(state.rows), "classes": classes, "h": h, "y": y}]
-
-
 def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
     """FloatingPointError names the first loss (record: [steps,4]) or weight that is not finite."""
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
     if bad:
-        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint"
-        raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}; try a lower --lr")
-
-
-def announce(args, dataset, steps: int) -> None:
-    """Print what is about to happen."""
-    x, classes, known = dataset.train_x, dataset.classes, args.known_classes
-    notes = [
-        f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {x.device}; writing to {args.out}",
-        f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
-        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images",
-    ]
-    print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
+        kept = f"the checkpoint of epoch {epoch} is kept; " * bool(epoch)
+        raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}try a lower --lr")
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
@@ -373,13 +350,11 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:  # half of the images fit the temperature, the others say its worth
-        fit, held, units = named[::2], named[1::2], head.units
-        target = units.of_classes(len(classes))[test_y[fit]]
-        told["temperature"] = evaluate.fit_temperature(logits[fit], target)
-        for key, temperature in {"_before": 1.0, "": told["temperature"]}.items():
+        fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
+        told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
+        for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
-            right = units.owners()[best] == test_y[held]
-            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, right)
+            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == target[held])
     save()
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
@@ -387,7 +362,6 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     draw, out, look = evaluate.attempt, Path(args.out), (stages[0].classes, stages[-1].classes)
     draw(evaluate.draw_curves, rows, classes, out / "curves.png")
     draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *look)
-    draw(evaluate.draw_story, state.snapshots, classes, out / "story.png", args.embedding)
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png")
     if told and len(named):
@@ -401,38 +375,39 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
     if unnamed:
-        print(f"Units without a name: {unnamed}. See {out}/concepts.png, then name them:")
+        count = sum(int((unit == u).sum()) for u in unnamed)
+        print(f"Units {unnamed} have no name, for {count:,} images. Look at {out}/concepts.png, then:")
         print(f"python evaluate.py {shlex.quote(args.out)} --name {unnamed[0]}=NAME")
 
 
 # ---- command line ----
 
 FLAGS = """
---curriculum text=gradual: what is taught when; all: each in turn
+--curriculum text=gradual: what is taught when, or all
 --label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled images
---known-classes 1..: classes from the start; 7 of 10, of a folder all
---late text: NAME,NAME: these classes come late
---never-named 0..=0: the last N classes get no label
---class-order 0..=0: seed of the order of the classes
---replay 1..: images kept of a class when new ones come; all
+--known-classes 1..: at the start; 7 of 10, of a folder all
+--late text: NAME,NAME: classes that come late
+--never-named 0..=0: last classes without any label
+--class-order 0..=0: seed of the classes' order
+--replay 1..: images kept of a class when others come; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
 --image-size 8..224: a multiple of 8; 32
 --per-class 1..: training images of a class; all
---inject text: late classes, as cifar100:wolf,tank
---from path: run to start from: network, head, names
+--inject text: late classes: cifar100:wolf,tank
+--from path: run whose network, head, names to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
---epochs 1..: each draws as many images as there are
---min-steps 1..: steps in an epoch, at least
+--epochs 1..: of as many images as there are
+--min-steps 1..: least steps in an epoch
 --batch-size 2..: images per step
 --lr 1e-6..1e3: peak learning rate
---prune 0.0..1.0=0.8: share of the weights that end at zero
---prune-units 0.0..1.0=0: share of a VGG's filters that end at zero
+--prune 0.0..1.0=0.8: share of weights that end at zero
+--prune-units 0.0..1.0=0: share of a VGG's filters, too
 --seed 0..=0: of all but the class order
---seeds 1..=1: runs, counting up from --seed and --class-order
+--seeds 1..=1: runs, from --seed and --class-order on
 --device text=auto: cpu, cuda, cuda:1, ...
 --embedding text=tsne: picture of the embeddings
---out path: run folder; next free runs/DATASET-CURRICULUM-sSEED
+--out path: run folder; next free in runs/
 --resume path: go on with this run, or that in --out
 """  # name, range or type = default, help
 
@@ -452,12 +427,12 @@ def within(bounds: str):
 
 
 def make_parser() -> ArgumentParser:
-    """The command line of FLAGS; its errors are one line."""
+    """The command line of FLAGS."""
 
     def error(message: str):
         raise ValueError(message.removeprefix("argument "))
 
-    parser = ArgumentParser(epilog=f"Defaults: {CIFAR}, but of {DEFAULTS}", allow_abbrev=False)
+    parser = ArgumentParser(epilog=f"Defaults: {curriculum.DEFAULTS}", allow_abbrev=False)
     parser.error, types = error, {"path": os.path.expanduser, "text": str}
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": [*evaluate.METHODS]}, "--resume": {"nargs": "?", "const": ""}}
@@ -470,27 +445,23 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, if it works."""
+def use_device(name: str) -> torch.device:
+    """The device called `name`, if it works; TF32 on a GPU, no denormals, a malloc that keeps freed pages."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).item()  # some devices only pretend
-        return torch.device(name)
     except Exception as error:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
-
-
-def tune_machine() -> None:
-    """TF32 on a GPU, no denormals, and a malloc that keeps freed pages."""
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
     with suppress(OSError, AttributeError):  # glibc only: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
         for option in (-3, -1):
             ctypes.CDLL("libc.so.6").mallopt(option, 1 << 30)
+    return torch.device(name)
 
 
 def load(args) -> data.Dataset:
-    """The data, classes in the order of arrival, those of --from first; fills in the flags they decide."""
+    """The data, its classes in order of arrival, those of --from first; fills in what it decides."""
     dataset, taught = data.load_dataset(args.dataset, args.data_dir, image_size=args.image_size), args.taught
     own = dataset.classes
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
@@ -508,7 +479,7 @@ def load(args) -> data.Dataset:
     known = len({*taught, *first}) if some else curriculum.default_known(len(own))
     args.known_classes = args.known_classes or len(taught) or known
     if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
-        raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
+        raise ValueError(f"--known-classes, --late, --never-named do not fit {n} classes")
     args.batch_size = min(args.batch_size, max(2, len(y)))
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
@@ -523,16 +494,16 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint and earlier network of a run, all checked before its folder is made."""
+    """Settings, data, checkpoint and earlier network, all checked before the run's folder is made."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         if args.late and args.known_classes or args.origin and (args.model or args.image_size):
-            raise ValueError("--late decides --known-classes, and --from decides --model and --image-size")
+            raise ValueError("--late decides --known-classes, --from decides --model and --image-size")
     else:
         given = {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
         moved = given & {"--device", "--data-dir", "--dataset"}
         if other := given - moved - {"--resume", "--resume" if args.resume else "--out"}:
-            raise ValueError(f"--resume takes {', '.join(sorted(other))} from the run; drop the flag")
+            raise ValueError(f"--resume takes {', '.join(sorted(other))} from the run")
         try:
             made = json.loads(Path(out, "args.json").read_text("utf-8"))
             made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
@@ -540,31 +511,29 @@ def setup(args, argv: list[str]) -> tuple:
             raise ValueError(f"--resume: {out} holds no run (args.json is missing, damaged or old)") from None
         names = [flag[2:].replace("-", "_") for flag in moved]
         args = Namespace(**made | {name: getattr(args, name) for name in names})
-        if os.path.exists(f"{out}/checkpoint.pt"):  # else it was stopped in its first epoch, and begins again
+        if os.path.exists(f"{out}/checkpoint.pt"):  # else stopped in its first epoch: begin again
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
         earlier = model.load(f"{args.origin}/checkpoint.pt")
         args.taught = list(dict.fromkeys(filter(None, earlier.names)))
         args.model, args.image_size = earlier.spec, earlier.image_size
-    device = pick_device(args.device)
+    device = use_device(args.device)
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
-    defaults = DEFAULTS.get(args.dataset.partition(":")[0], CIFAR)
-    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
-    network = model.build(args.model, 1, image_size=args.image_size)  # refuses a model that cannot be had
+    defaults = curriculum.defaults(args.dataset)
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
+    network = model.build(args.model, 1, image_size=args.image_size)  # refuses what cannot be had
     if args.prune_units:
-        grow_prune.prune_filters(network.encoder, 0.0)  # and one whose filters cannot be pruned
+        grow_prune.prune_filters(network.encoder, 0.0)  # or pruned
     dataset = load(args).to(device)
     if saved and saved["fingerprint"] != data.fingerprint(dataset):
         raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run's")
     if args.resume is None:
         args.out = run_folder(args)
-        git = "git describe --always --abbrev=40 --exclude=* --dirty".split()
-        cuda, threads = device.type == "cuda", torch.get_num_threads()
-        about = {"machine": torch.cuda.get_device_name(device) if cuda else f"cpu, {threads} threads"}
+        about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
         with suppress(OSError):
-            done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-            about["commit"] = done.stdout.strip()
+            git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty"]
+            about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         try:
             data.write_json(f"{args.out}/args.json", vars(args) | about)
         except OSError:
@@ -575,38 +544,35 @@ def setup(args, argv: list[str]) -> tuple:
 
 def run_folder(args) -> str:
     """Make --out, or the next free folder in runs/, for this run alone."""
-    stem = f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
-    for n in itertools.count(1):
-        folder = Path(args.out or stem + f"-{n}" * (n > 1))
+    stem = args.out or f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
+    for n in [1] if args.out else itertools.count(1):
+        folder = Path(stem + f"-{n}" * (n > 1))
         with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
                 (folder / "args.json").touch(exist_ok=False)  # only one of two runs succeeds
                 return str(folder)
-        if args.out:
-            raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
+    raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
 
 def several(args, argv: list[str]) -> int:
     """All curricula, or all seeds, and their comparison. The exit status."""
-    names = list(curriculum.CURRICULA) if args.curriculum == "all" else [args.curriculum]
+    names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        print(f"\n{folder}", flush=True)
+        own = dict(seed=args.seed + i, class_order=args.class_order + i, seeds=1, out=folder, resume=None)
+        command, own = argv, own | {"curriculum": name}
         if args.resume is not None and Path(folder, "args.json").exists():
-            status = main(["--resume", folder, "--device", args.device, "--data-dir", args.data_dir])
-        else:
-            own = dict(curriculum=name, seed=args.seed + i, class_order=args.class_order + i)
-            status = main(argv, seeds=1, out=folder, resume=None, **own)
-        if status:
+            command, own = ["--resume", folder, "--device", args.device, "--data-dir", args.data_dir], {}
+        if status := main(command, **own):
             print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
             return status
     return evaluate.main([*folders, "--out", f"{out}/comparison.png"])
 
 
 def main(argv: list[str] | None = None, **changes) -> int:
-    """Train; the exit status: 0, 2 after an error, 130 when stopped."""
+    """Train. The exit status: 0, 2 after an error, 130 when stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
     for stream in (sys.stdout, sys.stderr):  # "?" for what a terminal cannot show
         getattr(stream, "reconfigure", dict)(errors="replace")
@@ -616,7 +582,6 @@ def main(argv: list[str] | None = None, **changes) -> int:
             return several(args, argv)
         args, dataset, saved, earlier = setup(args, argv)
         way_on = f"; go on with: python train.py --resume {shlex.quote(args.out)}"
-        tune_machine()
         train(args, dataset, saved, earlier)
         return 0
     except KeyboardInterrupt:
@@ -629,7 +594,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
 
 
 if __name__ == "__main__":
-    for number in {getattr(signal, name, 0) for name in ("SIGTERM", "SIGHUP")} - {0}:  # as Ctrl-C
-        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # end like Ctrl-C, but not under nohup
+        if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -52,6 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from speed import Pictures
 
 import augment
+import curriculum
 import data
 import evaluate
 import model
@@ -262,7 +263,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         add(flag, type=kind, default=default, help=f"as for train.py ({default})")
     args = parser.parse_args(argv)
-    defaults = train.DEFAULTS.get(args.dataset.partition(":")[0], train.CIFAR) | {"lr": RATES[args.method]}
+    defaults = curriculum.defaults(args.dataset) | {"lr": RATES[args.method]}
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | defaults | given)
 
