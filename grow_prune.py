@@ -262,7 +262,7 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
-        # Two images are similar above the cosine reach**2, which two of one class are expected to have.
+        # Two images are similar above the cosine reach**2, that expected of two of one class.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach = resemblance(known_h, known_y)
         classes = [F.normalize(known[known_y == c].mean(0), dim=0) for c in known_y.unique()]
@@ -482,7 +482,7 @@ class HeadManager:
             cosine, second = two_means(h[index])  # bool (n)
             second = second if second.sum() <= len(index) / 2 else ~second
             if cosine < 2 * usual.min() - usual.median() and second.sum() >= 20:
-                self.units.age[unit] = 0  # so that it is not taken for its own half
+                self.units.age[unit] = 0  # not to be taken for its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
@@ -495,7 +495,7 @@ class HeadManager:
         self.log(event, unit, c, len(index), purity)
 
     def release(self, unit: int) -> None:
-        """Let a unit stand for nothing, to be used again first, unless a person has named it."""
+        """Let a unit stand for nothing, and be used again, unless a person has named it."""
         if unit not in self.given:
             self.units.owner[unit] = FREE
             self.monitor.concept[self.monitor.concept == unit] = -1

@@ -83,13 +83,11 @@ class State:
 
     def load_state_dict(self, saved: dict) -> None:
         """The reverse, on this run's device."""
-        lr = float(saved["optimizer"]["param_groups"][0]["lr"])
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # of this device
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         for name in ("rows", "first_sight", "answering", "before"):
             setattr(self, name, saved[name])
-        model.set_learning_rate(self.optimizer, lr)
         self.head.load_state_dict(saved)
         device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
         self.masks = {name: mask.to(device) for name, mask in saved["masks"].items()}
@@ -230,8 +228,13 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         if mix["propagation"]:
             h = F.normalize(state.embed(x), dim=1) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
-        if epoch or args.taught:
-            name_new_classes(args, state, dataset, pool, votes)
+        before = pool.taught_before
+        for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
+            head.name_class(pool, c, votes)
+            if c >= args.known_classes and before.any():  # how well is it recognised at once?
+                among = before.index_fill(0, torch.tensor(c, device=device), True)
+                right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
+                state.first_sight[classes[c]] = evaluate.fraction(right, dataset.test_y == c)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
 
         # 2. Clusters and pseudo-labels.
@@ -272,17 +275,6 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         happened = [event for event in head.events if event["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
     finish(args, state, dataset, stages, pools, leak, save)
-
-
-def name_new_classes(args, state, dataset, pool, votes: Tensor) -> None:
-    """Give classes with first labels a unit, and see how well late ones are recognised with it."""
-    y, before = dataset.test_y, pool.taught_before
-    for c in (pool.taught & ~before).nonzero()[:, 0].tolist():
-        state.head.name_class(pool, c, votes)
-        if c >= args.known_classes and before.any():
-            known = before.index_fill(0, torch.tensor(c, device=y.device), True)
-            right = state.head.predict(state.embed(dataset.test_x), known)[1] == y
-            state.first_sight[dataset.classes[c]] = evaluate.fraction(right, y == c)
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
@@ -384,7 +376,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
 
 FLAGS = """
 --curriculum text=gradual: what is taught when, or all
---label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled images
+--label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled
 --known-classes 1..: at the start; 7 of 10, of a folder all
 --late text: NAME,NAME: classes that come late
 --never-named 0..=0: last classes without any label
@@ -436,7 +428,7 @@ def make_parser() -> ArgumentParser:
     parser.error, types = error, {"path": os.path.expanduser, "text": str}
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": [*evaluate.METHODS]}, "--resume": {"nargs": "?", "const": ""}}
-    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training images")
+    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training set")
     for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
         flag, kind = flag.split()
         kind, _, default = kind.partition("=")
@@ -475,8 +467,8 @@ def load(args) -> data.Dataset:
     order, classes = list(dict.fromkeys(taught + first + late)), list(dict.fromkeys(dataset.classes + taught))
     dataset = data.reorder(replace(dataset, classes=classes), [classes.index(name) for name in order])
 
-    y, n, some = dataset.train_y, len(order), args.late or args.dataset.startswith("folder:")
-    known = len({*taught, *first}) if some else curriculum.default_known(len(own))
+    y, n, known = dataset.train_y, len(order), curriculum.default_known(len(own))
+    known = len({*taught, *first}) if args.late or args.dataset.startswith("folder:") else known
     args.known_classes = args.known_classes or len(taught) or known
     if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
         raise ValueError(f"--known-classes, --late, --never-named do not fit {n} classes")
@@ -494,7 +486,7 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint and earlier network, all checked before the run's folder is made."""
+    """Settings, data, checkpoint, earlier network: all checked before there is a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         if args.late and args.known_classes or args.origin and (args.model or args.image_size):
@@ -508,10 +500,10 @@ def setup(args, argv: list[str]) -> tuple:
             made = json.loads(Path(out, "args.json").read_text("utf-8"))
             made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"--resume: {out} holds no run (args.json is missing, damaged or old)") from None
+            raise ValueError(f"--resume: {out} holds no run of this version") from None
         names = [flag[2:].replace("-", "_") for flag in moved]
         args = Namespace(**made | {name: getattr(args, name) for name in names})
-        if os.path.exists(f"{out}/checkpoint.pt"):  # else stopped in its first epoch: begin again
+        if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
         earlier = model.load(f"{args.origin}/checkpoint.pt")
@@ -524,10 +516,10 @@ def setup(args, argv: list[str]) -> tuple:
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
     network = model.build(args.model, 1, image_size=args.image_size)  # refuses what cannot be had
     if args.prune_units:
-        grow_prune.prune_filters(network.encoder, 0.0)  # or pruned
+        grow_prune.prune_filters(network.encoder, 0.0)
     dataset = load(args).to(device)
     if saved and saved["fingerprint"] != data.fingerprint(dataset):
-        raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run's")
+        raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run")
     if args.resume is None:
         args.out = run_folder(args)
         about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
@@ -543,14 +535,14 @@ def setup(args, argv: list[str]) -> tuple:
 
 
 def run_folder(args) -> str:
-    """Make --out, or the next free folder in runs/, for this run alone."""
+    """Make --out, or a free folder in runs/, for this run alone."""
     stem = args.out or f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
     for n in [1] if args.out else itertools.count(1):
         folder = Path(stem + f"-{n}" * (n > 1))
         with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
-                (folder / "args.json").touch(exist_ok=False)  # only one of two runs succeeds
+                (folder / "args.json").touch(exist_ok=False)  # once
                 return str(folder)
     raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
@@ -588,13 +580,13 @@ def main(argv: list[str] | None = None, **changes) -> int:
         problem, status = "stopped", 130
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         problem = f"error: {data.reason(error)}"
-        way_on *= not isinstance(error, FloatingPointError)  # it would happen again
+        way_on *= not isinstance(error, FloatingPointError)
     print(f"train.py: {problem}{way_on}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # end like Ctrl-C, but not under nohup
+    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # as Ctrl-C, but not under nohup
         if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())
