@@ -482,7 +482,7 @@ class HeadManager:
             cosine, second = two_means(h[index])  # bool (n)
             second = second if second.sum() <= len(index) / 2 else ~second
             if cosine < 2 * usual.min() - usual.median() and second.sum() >= 20:
-                self.units.age[unit] = 0  # not to be taken for its own half
+                self.units.age[unit] = 0  # not to be taken as its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
@@ -495,7 +495,7 @@ class HeadManager:
         self.log(event, unit, c, len(index), purity)
 
     def release(self, unit: int) -> None:
-        """Let a unit stand for nothing, and be used again, unless a person has named it."""
+        """Let a unit stand for nothing, and be used again unless a person has named it."""
         if unit not in self.given:
             self.units.owner[unit] = FREE
             self.monitor.concept[self.monitor.concept == unit] = -1

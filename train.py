@@ -542,7 +542,7 @@ def run_folder(args) -> str:
         with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
-                (folder / "args.json").touch(exist_ok=False)  # once
+                (folder / "args.json").touch(exist_ok=False)
                 return str(folder)
     raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
