@@ -4,7 +4,7 @@
     linear_probe(train_h, train_y, h, y), knn_accuracy(train_h, train_y, h, y), cluster_scores(h, y)
     answers(network, images)                                # {"unit", "answer", "confidence", "claim"}
 
-`python evaluate.py --help` compares runs, answers for images and names what was found.
+`python evaluate.py` compares runs, answers for images and names what was found.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import json
 import math
 import re
 import sys
-import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,9 @@ PARTS = ("h", "z", "logits")  # of what a network returns
 
 
 def measured(function: Callable) -> Callable:
-    """Compute in float32 without autocast and gradients, whatever surrounds the call or comes in.
+    """Compute in float32 without autocast and gradients, whatever surrounds it.
 
-    ValueError names an argument with no rows or another number (train_*, test_* apart), or train_y < 0.
+    ValueError names an argument of no or other rows (train_*, test_* apart), or train_y < 0.
     """
 
     @functools.wraps(function)
@@ -59,15 +59,15 @@ def measured(function: Callable) -> Callable:
 
 @measured
 def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -> Tensor:
-    """What a network makes of images uint8 or float [N,3,H,W] in eval mode: float32, on their device.
+    """What a network in eval mode makes of images uint8 or float [N,3,H,W]: float32, on their device.
 
-    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Every module returns to its mode.
-    ValueError for another part, dtype, shape or size than network.image_size.
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Modules return to their modes.
+    ValueError for another part, dtype, shape or size.
     """
     size = getattr(network, "image_size", None)
     if part not in PARTS:
         raise ValueError(f"part is one of {', '.join(PARTS)}, not {part!r}")
-    fits = x.ndim == 4 and x.shape[1] == 3 and x.shape[2:] == (size or x.shape[2], size or x.shape[3])
+    fits = x.ndim == 4 and x.shape[1] == 3 and (size is None or x.shape[2:] == (size, size))
     if not fits or x.dtype not in (torch.uint8, torch.float32):
         raise ValueError(f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H, W'}]")
     modes, out = [(module, module.training) for module in network.modules()], []
@@ -88,28 +88,27 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
 def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, l2=None) -> float:
     """Test accuracy (0..1) of logistic regression on frozen embeddings [N,D], standardised.
 
-    l2: weight of |W|^2 beside the mean cross-entropy; None for the best of four on a fifth of the images.
+    l2: weight of |W|^2 beside the mean cross-entropy; None: the best of four on a fifth of the images.
     """
     if l2 is None:
-        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0)).to(train_y.device)
+        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
         held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
         parts = train_h[rest], train_y[rest], train_h[held], train_y[held]
         l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value))
     mean, std = train_h.mean(0), train_h.std(0, correction=0).clamp(min=1e-6)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
-    linear = nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    weight = train_h.new_zeros(int(train_y.max()) + 1, train_h.shape[1], requires_grad=True)
+    bias = train_h.new_zeros(len(weight), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():  # called with gradients
         optimizer.zero_grad()
-        loss = F.cross_entropy(linear(train_h), train_y) + l2 * linear.weight.square().sum()
+        loss = F.cross_entropy(F.linear(train_h, weight, bias), train_y) + l2 * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return (linear(test_h).argmax(1) == test_y).float().mean().item()
+    return (F.linear(test_h, weight, bias).argmax(1) == test_y).float().mean().item()
 
 
 @measured
@@ -125,7 +124,7 @@ def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 
 
 def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
-    """Per class, best accuracy so far minus accuracy now: accuracy [epochs, classes] in 0..1 -> [classes]."""
+    """Best accuracy so far minus accuracy now: accuracy [epochs, classes] in 0..1 -> [classes]."""
     accuracy = np.asarray(accuracy, dtype=float)
     if not len(accuracy):
         raise ValueError("accuracy has no epochs")
@@ -134,7 +133,7 @@ def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
 
 @measured
 def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
-    """Area under the ROC (0..1) of a score [N], higher for more novel images, against is_new (bool [N])."""
+    """Area under the ROC (0..1) of a score [N], higher for novel images, against is_new (bool [N])."""
     from sklearn.metrics import roc_auc_score
 
     if is_new.all() or not is_new.any():
@@ -143,24 +142,20 @@ def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
 
 
 def matched(unit: Tensor, y: Tensor) -> Tensor:
-    """Which images (bool [N]) the best match of units to classes (int64 [N]) puts right; unit -1: none."""
+    """Which images (bool [N]) the best match of units to classes (int64 [N]) has right; unit -1: none."""
     from scipy.optimize import linear_sum_assignment
 
     (units, row), (classes, column) = (values.unique(return_inverse=True) for values in (unit, y))
-    table = (row * len(classes) + column).bincount(minlength=len(units) * len(classes))
-    table = table.view(len(units), len(classes)) * (units >= 0)[:, None]
-    match = torch.full_like(units, -1)
-    rows, columns = map(torch.from_numpy, linear_sum_assignment(-table.cpu().numpy()))
-    match[rows.to(match)] = columns.to(match)
-    return (match[row] == column) & (unit >= 0)
+    table = torch.zeros(len(units), len(classes), device=y.device)
+    table.index_put_((row, column), (unit >= 0).float(), accumulate=True)
+    pairs = torch.zeros_like(table, dtype=torch.bool)
+    pairs[linear_sum_assignment(table.cpu(), maximize=True)] = True
+    return pairs[row, column] & (unit >= 0)
 
 
 @measured
 def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float]:
-    """k-means on unit embeddings h [N,D], a cluster for each class in y [N]: ari, nmi, silhouette, accuracy.
-
-    Accuracy is that of the best match of clusters and classes.
-    """
+    """k-means on unit embeddings h [N,D], a cluster for each class in y [N]; accuracy: of the best match."""
     from sklearn import cluster, metrics
 
     unit, y = F.normalize(h, dim=1).cpu().numpy(), y.cpu()
@@ -179,7 +174,7 @@ def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of values, None not counted; None if there are none."""
+    """The mean of values, None left out; None of none."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else None
 
@@ -190,7 +185,7 @@ def fraction(right: Tensor, among: Tensor) -> float | None:
 
 
 def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
-    """Accuracy of the head on test images: of all, of the first `known` classes, of the others."""
+    """Accuracy of the head on all test images, the first `known` classes, the others."""
     right, old = predicted == y, y < known
     parts = {"accuracy": old | ~old, "old_accuracy": old, "new_accuracy": ~old}
     return {name: fraction(right, part) for name, part in parts.items()}
@@ -203,7 +198,7 @@ def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str,
 
 @measured
 def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
-    """How test images of classes without a name are recognised as unknown, by claims [T] below the limit.
+    """How test images of classes without a name are found to be unknown, by claims [T] below the limit.
 
     bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
     """
@@ -224,9 +219,9 @@ def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: T
 
 
 def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
-    """Figures for summary.json from (embeddings [N,D], classes [N], -1: none) of training and test images.
+    """Figures for summary.json from (h [N,D], y [N], -1: none) of training and test images.
 
-    budget: bool [N], training labels that may leak; rows: of log.csv; known: names of the old classes.
+    budget: bool [N], training labels that may leak; rows: of log.csv; known: the old classes.
     """
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
@@ -251,9 +246,9 @@ def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: 
 
 @measured
 def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
-    """Accuracy of all, old, new images under ONE Hungarian match of units to classes (arXiv 2201.02609).
+    """Accuracy of all, old, new images under ONE match of units to classes (arXiv 2201.02609).
 
-    unit int64 [N], -1: none; y int64 [N], -1: no truth, left out; new bool [N]: its class never has a label.
+    unit int64 [N], -1: none; y int64 [N], -1: left out; new bool [N]: its class never has a label.
     """
     right, new = matched(unit[y >= 0], y[y >= 0]), new[y >= 0]
     parts = {"gcd_all": new | ~new, "gcd_old": ~new, "gcd_new": new}
@@ -262,29 +257,29 @@ def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
 
 @measured
 def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tensor:
-    """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: a cluster for each image, int64 [N].
+    """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: clusters, int64 [N].
 
     Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. The other
-    centres start by k-means++ among the rest. The tightest of five attempts is returned.
+    centres start by k-means++ among the rest. The tightest of five attempts counts.
     """
     rows, (given, own), attempts = F.normalize(h, dim=1), y[labelled].unique(return_inverse=True), {}
     free, generator, known = rows[~labelled], torch.Generator().manual_seed(seed), len(given)
     if not max(1, known) <= k <= known + len(free):
         raise ValueError(f"k is {k}: {known} classes have labels, and {len(free)} images have none")
 
-    def means(rows: Tensor, clusters: Tensor, centres: Tensor) -> Tensor:
-        count, sums = clusters.bincount(minlength=k)[:, None], torch.zeros_like(centres)
-        return torch.where(count > 0, sums.index_add_(0, clusters, rows) / count, centres)
+    def means(rows, clusters, centres):  # a cluster without images keeps its centre
+        index = clusters[:, None].expand_as(rows)
+        return centres.scatter_reduce(0, index, rows, "mean", include_self=False)
 
     for _ in range(5):
-        centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), None
+        centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), own
         for new in range(known, k):  # k-means++: likely where it is far to the centres so far
             far = torch.cdist(free, centres[:new]).amin(1).square().cpu() if new else torch.ones(len(free))
             centres[new] = free[torch.multinomial(far + 1e-12, 1, generator=generator).item()]
         for _ in range(100):  # Lloyd
             before, clusters = clusters, torch.cdist(rows, centres).argmin(1)
             clusters[labelled] = own
-            if before is not None and torch.equal(before, clusters):
+            if torch.equal(before, clusters):
                 break
             centres = means(rows, clusters, centres)
         attempts[(rows - centres[clusters]).square().sum().item()] = clusters
@@ -295,8 +290,8 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
 def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Sequence[int]) -> dict:
     """How units without a name fit the classes that never get one; unit, y int64 [N]: -1 for none.
 
-    concepts: number of such units; concepts_true: of such classes mostly in one of them, as its largest part;
-    purity: {unit: share of its largest class}.
+    concepts: such units; concepts_true: such classes mostly in one of them, as its largest part; purity:
+    {unit: share of its largest class}.
     """
     told = (unit >= 0) & (y >= 0)
     table = torch.zeros(*(1 + max([0, *unnamed, *values.unique().tolist()]) for values in (unit, y)))
@@ -312,7 +307,7 @@ def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Se
 def open_world(h: Tensor, y: Tensor, labelled: Tensor, new: Tensor, seed=0) -> dict:
     """What k-means and `semi_kmeans` of h [N,D] reach in `gcd_accuracy`, told the number of classes.
 
-    The images `labelled` (bool [N]) do not count. Returns gcd_kmeans_* and gcd_semi_kmeans_* (all, old, new).
+    Images `labelled` (bool [N]) do not count. Returns gcd_kmeans_*, gcd_semi_kmeans_* (all, old, new).
     """
     from sklearn.cluster import KMeans
 
@@ -334,10 +329,10 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """The T (0.05..20) under which softmax(logits [N,C] / T) makes y [N] likeliest (arXiv 1706.04599)."""
     from scipy.optimize import minimize_scalar
 
-    def loss(t: float) -> float:
+    def loss(t):
         return F.cross_entropy(logits / math.exp(t), y).item()
 
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+    return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
 
 
 @measured
@@ -352,8 +347,8 @@ def calibration_error(confidence: Tensor, right: Tensor, bins=15) -> float:
 def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     """What a network (`model.load`) says to images [N,3,H,W]: unit, answer, confidence (0..1), claim.
 
-    answer: the unit's name or "unit 8", or "unknown" if the claim is below network.answering["limit"], which
-    units found without labels (answering["unnamed"]) do not need.
+    answer: the unit's name or "unit 8"; "unknown" if the claim is below network.answering["limit"], unless
+    the unit was found without labels (answering["unnamed"]).
     """
     from train import grow_prune, model
 
@@ -387,7 +382,7 @@ FIGURES = sum(BLOCKS, [])
 
 
 def told(key, value):
-    """A figure as text: a score with three digits, a count, or a share in per cent."""
+    """A figure as text: a score, a count, or a share in per cent."""
     if value is None or value != value:
         return "-"
     if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
@@ -397,32 +392,31 @@ def told(key, value):
 
 
 def log_header() -> str:
-    """The heading of the lines that `log_line` gives."""
-    terms = "  ".join(f"{term[:6]:>6s}" for term in TERMS)
-    line = f"   epoch stage        classes  labels  {terms}"
+    """The heading of `log_line`."""
+    line = "   epoch stage        classes  labels" + "".join(f"{term[:6]:>8s}" for term in TERMS)
     return f"{line}  accuracy    old    new   open  pruned  img/s    left"
 
 
 def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
-    """The last row of log.csv as a line, then its events. open: "unknown" is an answer; left: minutes."""
+    """The last row of log.csv as a line, then events. open: "unknown" is an answer; left: minutes."""
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
         line += f"{'-' if loss is None else f'{loss:.3f}':>8s}"
     for key, width in dict(accuracy=10, old_accuracy=7, new_accuracy=7, open_accuracy=7, sparsity=8).items():
-        line += f"{'-' if row[key] is None else f'{100 * row[key]:.1f}%':>{width}s}"
+        line += f"{'-' if row[key] is None else f'{row[key]:.1%}':>{width}s}"
     minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
     line += f"  {row['images_per_second']:5.0f}  {minutes:3d}:{seconds:02d}"
     for event in events:
-        told = [f"{event['count']} images"] * (event["count"] is not None)
-        told += [f"{100 * event['purity']:.0f} % pure"] if event["purity"] is not None else []
+        told = [] if event["count"] is None else [f"{event['count']} images"]
+        told += [] if event["purity"] is None else [f"{100 * event['purity']:.0f} % pure"]
         name = f" for class {event['class']}" * bool(event["class"]) + f" ({', '.join(told)})" * bool(told)
         line += f"\n         {event['event']}: unit {event['unit']}{name}" * (event["event"] != "arrived")
     return line
 
 
 def describe(summary: dict, images: int, known: int) -> str:
-    """The figures of one run as aligned text; those of the open world only if there are any."""
+    """The figures of one run as aligned text; of the open world if there are any."""
     keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
     lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
@@ -430,7 +424,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- drawn: a run ----
 
-# Six colours of Okabe & Ito's and four of Tol's, for colour-blind people, and markers beside them.
+# Six colours of Okabe & Ito's and four of Tol's, for colour-blind people.
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -441,7 +435,7 @@ BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
 
 
 def attempt(draw, *args):
-    """Call a function that draws; if it fails, print one warning line and return False."""
+    """Call a function that draws; if it fails, print one warning and return False."""
     try:
         draw(*args)
     except Exception as error:
@@ -460,14 +454,13 @@ def say_once(text):
 
 @contextmanager
 def figure(path, width, height, rows=1, columns=1, **options):
-    """A figure of so many inches and its axes, in the end written to path; matplotlib stays as it was."""
+    """A figure of so many inches and its axes, in the end written to path."""
     from matplotlib import figure, font_manager, rc_context
-    from matplotlib.backends import backend_agg
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
     with rc_context(LOOK | {"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "Glyph")
-        fig = backend_agg.FigureCanvasAgg(figure.Figure((width, height), layout="constrained")).figure
+        fig = figure.Figure((width, height), layout="constrained")
         yield fig, fig.subplots(rows, columns, **options)
         fig.savefig(path, dpi=150)
     if caught:
@@ -475,7 +468,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
 
 
 def shown(name, length=24):
-    """A name for a picture: on one line, shortened in the middle, a "$" or a leading "_" doing no harm."""
+    """A name for a picture: one line, shortened in the middle, a "$" or leading "_" doing no harm."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
     return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
@@ -494,7 +487,7 @@ def plot(ax, rows, key, label, **look):
 
 
 def draw_curves(rows, classes, path):
-    """The run over its epochs: accuracy by class, losses, labels, what is unknown. rows: of log.csv."""
+    """The run over its epochs: accuracy, losses, labels, what is unknown. rows: of log.csv."""
     known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
@@ -509,7 +502,7 @@ def draw_curves(rows, classes, path):
             for i, (key, label) in enumerate(columns.items()):
                 there = [row for row in rows if columns is not each or i < row["classes"]]
                 plot(ax, there, key, label, markevery=(i % 4, 4), **style(i))
-            for n, (left, right) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True)):
+            for n, (left, right) in enumerate(pairwise([*starts, len(rows)])):
                 ax.axvspan(left + 0.5, right + 0.5, color=SHADES[n % len(SHADES)], zorder=0, linewidth=0)
                 text = names[left] * (ax is axes[0])
                 ax.text((left + right + 1) / 2, 1.045 + 0.045 * (n % 2), text, fontsize=9, **CENTRE)
@@ -517,28 +510,28 @@ def draw_curves(rows, classes, path):
         axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02), xlim=(0.5, len(rows) + 0.5))
         axes[1].set(ylabel="loss, unweighted", yscale="log")
         axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
-        axes[2].xaxis.get_major_locator().set_params(integer=True)
+        axes[2].locator_params("x", integer=True)
 
 
 def draw_life(rows, events, classes, path):
-    """Which unit stands for what in each epoch, hatched without a name; of many units those that change."""
+    """Which unit stands for what in each epoch, hatched: no name; of many units those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
-    told = sorted({event["unit"] for event in events} - {None} | set(range(units if units <= 25 else 0)))
+    told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
     with figure(path, 9, 1.6 + 0.27 * len(told)) as (_, ax):
         for line, unit in enumerate(told):
             life = [{"epoch": first, "event": "", "class": name} for name in classes[unit:units][:1]]
             life += [event for event in events if event["unit"] == unit]
-            for event, after in zip(life, [*life[1:], {"epoch": end}], strict=True):
+            for event, after in pairwise([*life, {"epoch": end}]):
                 length, name = after["epoch"] - event["epoch"], event["class"]
                 if not length or event["event"] in ("released", "merged"):
                     continue
-                look, text = {}, shown(name or "?", 12)
+                text = shown(name or "?", 12)
                 if event["event"] in ("opened", "split"):
                     look = dict(fc="white", hatch="////", ec="#777777")
                     text += "" if event["purity"] is None else f" {100 * event['purity']:.0f} %"
                 else:
-                    look["color"] = style(classes.index(name))["color"]
+                    look = dict(color=style(classes.index(name))["color"])
                 ax.barh(line, length, left=event["epoch"] - 0.5, height=0.7, **look)
                 ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
         arrivals = [event for event in events if event["event"] == "arrived"]
@@ -548,7 +541,7 @@ def draw_life(rows, events, classes, path):
             ax.text(event["epoch"] - 0.5, len(told), text, fontsize=8, **CENTRE)
         ax.set(xlabel="epoch (hatched: opened for what has no name, and what it truly is)", ylabel="unit")
         ax.set(xlim=(0.5, end - 0.5), ylim=(-0.6, len(told) - 0.4), yticks=range(len(told)), yticklabels=told)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params("x", integer=True)
 
 
 @measured
@@ -572,47 +565,33 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
     return (tsne if method == "tsne" else PCA(2, random_state=0)).fit_transform(unit)
 
 
-def draw_story(looks, classes, path, method="tsne"):
-    """The same test images in the course of training, a panel for each look; a single one shows names.
-
-    A look: {"name": of the stage, "epoch", "classes": seen so far, "h": [N,D], "y": int64 [N]}. Late classes
-    have an outline, and are grey until they are seen.
-    """
-    known, n, single = looks[0].get("known", looks[0]["classes"]), len(classes), len(looks) == 1
-    size = (8 + 3 * (n > 20), 7 + 4 * (n > 20)) if single else (3.1 * len(looks), 4.2)
-    with figure(path, *size, 1, len(looks), squeeze=False) as (fig, axes):
-        for ax, look in zip(axes[0], looks, strict=True):
-            points, y, seen = project(look["h"], method), look["y"].cpu().numpy(), look["classes"]
-            for c, name in enumerate(classes):
-                mark = style(c) | dict(linewidth=0.5 * (c >= known), edgecolor="black")
-                mark |= dict(color="#D5D5D5", edgecolor="#AAAAAA") if c >= seen else {}
-                label = shown(name) + (" (late)" if c < seen else " (not seen)") * (c >= known)
-                ax.scatter(*points[y == c].T, s=14, alpha=0.8, label=label, **mark)
-                if single and (y == c).any():
-                    font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
-                    ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
-            epoch = f", epoch {look['epoch']}" * (look["epoch"] > 0)
-            ax.set(xticks=[], yticks=[], title=look["name"] + epoch)
-        if n <= 20:
-            handles, labels = axes[0, -1].get_legend_handles_labels()
-            across = min(10, max(1, int(size[0] / (0.5 + 0.08 * max(map(len, labels))))))
-            fig.legend(handles, labels, ncol=across, loc="outside lower center")
-        title = f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})"
-        title += "; grey: classes not seen yet" * (looks[0]["classes"] < n)
-        fig.suptitle(textwrap.fill(title, int(12 * size[0])), fontsize=11)
-
-
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
-    """2,000 embeddings h [N,D] of classes y [N]; known, seen: classes at the start, the end (None: all)."""
+    """2,000 embeddings h [N,D] of classes y [N] in two dimensions, with their names.
+
+    known, seen: classes at the start, the end (None: all). Late ones have an outline, unseen ones are grey.
+    """
     chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
-    h, y = h[chosen], y[chosen]
-    look = {"name": "", "epoch": 0, "classes": seen or n, "known": known or n, "h": h, "y": y}
-    draw_story([look], classes, path, method)
+    points, y, known, seen = project(h[chosen], method), y[chosen].cpu().numpy(), known or n, seen or n
+    with figure(path, 8 + 3 * (n > 20), 7 + 4 * (n > 20)) as (fig, ax):
+        for c, name in enumerate(classes):
+            mark = style(c) | dict(linewidth=0.5 * (c >= known), edgecolor="black")
+            mark |= dict(color="#D5D5D5", edgecolor="#AAAAAA") if c >= seen else {}
+            label = shown(name) + (" (late)" if c < seen else " (not seen)") * (c >= known)
+            ax.scatter(*points[y == c].T, s=14, alpha=0.8, label=label, **mark)
+            if (y == c).any():
+                font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
+                ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
+        if n <= 20:
+            fig.legend(ncol=5, loc="outside lower center")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(
+            f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})", fontsize=11
+        )
 
 
 @measured
 def draw_confusion(predicted, y, classes, path):
-    """Which class is taken for which: true ones in rows, predicted ones in columns; per cent of the row."""
+    """Which class is taken for which: true ones in rows, predicted ones in columns; % of the row."""
     n, names = len(classes), [shown(name, 20) for name in classes]
     table = (y * n + predicted).bincount(minlength=n * n).view(n, n).cpu().numpy()
     share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))
@@ -628,20 +607,20 @@ def draw_confusion(predicted, y, classes, path):
 
 
 def contact_sheet(path, rows, title):
-    """Rows of images: (label to the left, uint8 [n,3,H,W]), or also n captions to stand below them."""
-    rows = [(*row, ())[:3] for row in rows] or [("none", torch.zeros(0, 3, 1, 1), ())]
-    cell, tall = (0.85, 1.42) if any(row[2] for row in rows) else (0.45, 1.06)  # inches; in cells
-    labels, across = [row[0] for row in rows], max(6, *(len(row[1]) for row in rows))
+    """Rows of images: (label to the left, uint8 [n,3,H,W]), or also n captions below them."""
+    labels, pictures, captions = zip(*((*row, ())[:3] for row in rows or [("none", ())]), strict=True)
+    cell, tall = (0.85, 1.42) if any(captions) else (0.45, 1.06)  # inches; in cells
+    across, tops = max(6, *map(len, pictures)), np.arange(len(labels)) * tall
     margin = 0.4 + 0.085 * max(len(line) for label in labels for line in label.split("\n"))
-    with figure(path, margin + cell * across, 0.7 + cell * tall * len(rows)) as (_, ax):
-        for top, (_, images, captions) in zip(np.arange(len(rows)) * tall, rows, strict=True):
-            for j, image in enumerate(images.cpu()):
+    with figure(path, margin + cell * across, 0.7 + cell * tall * len(labels)) as (_, ax):
+        for top, images, below in zip(tops, pictures, captions, strict=True):
+            for j, image in enumerate(images):
                 image = F.adaptive_avg_pool2d(image.float(), min(image.shape[-1], 64)).round().byte()
-                ax.imshow(image.permute(1, 2, 0).numpy(), extent=(j, j + 0.95, top + 0.95, top))
-            for j, caption in enumerate(captions):
+                ax.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(j, j + 0.95, top + 0.95, top))
+            for j, caption in enumerate(below):
                 ax.text(j + 0.475, top + 0.98, caption, ha="center", va="top", fontsize=7, linespacing=1)
-        ax.set(xlim=(0, across), ylim=(tall * len(rows), -0.05), xticks=[], aspect="equal", title=title)
-        ax.set_yticks(np.arange(len(rows)) * tall + 0.475, labels, fontsize=9)
+        ax.set(xlim=(0, across), ylim=(tall * len(labels), -0.05), xticks=[], aspect="equal", title=title)
+        ax.set_yticks(tops + 0.475, labels, fontsize=9)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
 
@@ -665,17 +644,16 @@ def mistake_rows(x, predicted, confidence, y, classes):
 
 @measured
 def concept_rows(x, h, unit, unknown, names):
-    """Rows for a contact sheet: units without a name, the unknown, named units; nearest to the centre first.
+    """Rows for a contact sheet: units without a name, the unknown, named units; from the centre outwards.
 
-    x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of all units, or None.
+    x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of units, or None.
     """
-    groups = {u: unit == u for u in range(len(names))}
-    rows, labels = [], {u: f"unit {u}" for u, name in enumerate(names) if name is None and groups[u].any()}
-    groups[-1], labels[-1] = unknown, "unknown"
-    labels |= {u: f"{shown(name)} (unit {u})" for u, name in enumerate(names) if name is not None}
+    rows, units = [], list(enumerate(names))
+    labels = {u: f"unit {u}" for u, name in units if name is None and (unit == u).any()} | {-1: "unknown"}
+    labels |= {u: f"{shown(name)} (unit {u})" for u, name in units if name is not None}
     for u, label in labels.items():
-        inside = groups[u].nonzero()[:, 0]
-        near = F.normalize(h[inside].float(), dim=1)
+        inside = (unknown if u < 0 else unit == u).nonzero()[:, 0]
+        near = F.normalize(h[inside], dim=1)
         near = inside[(near @ near.sum(0)).argsort(descending=True)[:20]]
         rows.append((f"{label}\n{len(inside):,} images", x[near]))
     return rows
@@ -688,7 +666,7 @@ APART = "seed class_order out resume data_dir device embedding versions commit m
 
 
 def read_runs(path):
-    """Settings and summary of the run in a folder, or of each row of a table; else ValueError."""
+    """Settings and summary of the run in a folder, or of each in a table; else ValueError."""
 
     def value(cell):
         try:
@@ -711,7 +689,7 @@ def read_runs(path):
 
 
 def runs_among(paths):
-    """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones in it."""
+    """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
         inside = [] if (path / "args.json").exists() else sorted(path.glob("*/args.json"))
@@ -727,7 +705,7 @@ def runs_among(paths):
 def compare(paths):
     """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum and what differs. "again": runs that repeat a seed and class order.
+    The name is the curriculum and what differs.
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
@@ -741,20 +719,19 @@ def compare(paths):
             if len(several[k]) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
         name += f" ({len(result) + 1})" if name in result else ""  # it differs where others have no setting
-        again = len(runs) - len({(args["seed"], args["class_order"]) for args, _ in runs})
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
-        result[name] = {"runs": len(runs), "again": again} | figures
+        result[name] = {"runs": len(runs)} | figures
     return result
 
 
 def spread(values):
-    """Mean and sample standard deviation of the numbers that are there, or NaN."""
+    """Mean and sample standard deviation of the numbers there, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
 
 def comparison_table(result):
-    """The comparison as aligned text, mean ± std: accuracies; clusters and cost; the open world."""
+    """The comparison as aligned text, mean ± std, a table for each of BLOCKS."""
     width, lines = max(map(len, result)) + 2, []
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
@@ -772,8 +749,8 @@ def draw_comparison(result, path):
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
-            look = dict(xerr=std, color=COLOURS[i], label=key.replace("accuracy", "head"))
-            drawn = ax.barh(np.arange(len(result)) + 0.2 * i - 0.3, mean, 0.18, **look)
+            at, label = np.arange(len(result)) + 0.2 * i - 0.3, key.replace("accuracy", "head")
+            drawn = ax.barh(at, mean, 0.18, xerr=std, color=COLOURS[i], label=label)
             ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
         names = [f"{shown(name, 60)}\nruns: {row['runs']}" for name, row in result.items()]
         ax.set_yticks(range(len(result)), names)
@@ -793,19 +770,19 @@ def open_network(run):
 
 
 def write_compact(run, path):
-    """Write a run's network without its dead filters, and compare outputs on 512 images of noise."""
+    """Write a run's network without its dead filters; compare outputs on 512 images of noise."""
     from train import data, model
 
     whole = open_network(run)
     small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
-    data.write_atomically(path, data.torch_bytes(model.pack(small)))
+    data.write_atomically(path, functools.partial(torch.save, model.pack(small)))
     apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
     return f"{path}: {left:,} of {size:,} weights in the encoder; outputs apart by at most {apart:.1e}"
 
 
 def predict(run, paths, table):
-    """Answer for images and folders of them: a row each in `table`, a picture beside it; the counts."""
+    """Answer for images and folders of them: rows in `table`, a picture beside it; the counts."""
     from tqdm import trange
 
     from train import data
@@ -817,10 +794,10 @@ def predict(run, paths, table):
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
         images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
         said, notes = answers(network, images), notes | dict.fromkeys(told)
-        columns = (said["answer"], *(said[key].tolist() for key in keys[1:]))
+        columns = said["answer"], *(said[key].tolist() for key in keys[1:])
         for file, error, *values in zip(files[i : i + 2048], errors, *columns, strict=True):
-            values = dict.fromkeys(keys) if error else dict(zip(keys, values, strict=True))
-            rows.append({"file": str(file)} | values | {"error": error})
+            values = dict(zip(keys, [None] * 4 if error else values, strict=True))
+            rows.append({"file": str(file), **values, "error": error})
     data.write_csv(table, rows)
     drawn = attempt(draw_predictions, table.with_suffix(".png"), files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
@@ -829,7 +806,7 @@ def predict(run, paths, table):
 
 
 def draw_predictions(path, files, rows, size):
-    """Contact sheets of the surest and the least sure answers, and of what is unknown."""
+    """A contact sheet of the surest and least sure answers and what is unknown."""
     from train import data
 
     good = sorted((i for i, row in enumerate(rows) if not row["error"]), key=lambda i: -rows[i]["confidence"])
@@ -850,22 +827,21 @@ def name_units(run, pairs):
 
     path, lines = run / "checkpoint.pt", []
     checkpoint = data.read_checkpoint(path, VERSION)
-    names, owners = checkpoint["names"], list(checkpoint["units"]["owner"])
-    found = [unit for unit, owner in enumerate(owners) if owner == -1]
+    names = checkpoint["names"]
+    found = [unit for unit, owner in enumerate(checkpoint["units"]["owner"]) if owner == -1]
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*?)\s*", pair)
         if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
             raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
-            state = {-2: "free", None: "not there"}.get(dict(enumerate(owners)).get(unit), "a class's")
-            raise ValueError(f"--name {pair}: unit {unit} is {state}; without a class are: {found or 'none'}")
+            raise ValueError(f"--name {pair}: the units without a class are: {found or 'none'}")
         others = [f", as unit {u} does" for u, known in enumerate(names) if known == name and u != unit]
         names[unit] = checkpoint.setdefault("given", {})[unit] = name
         lines.append(f"unit {unit} answers {name}" + "".join(others))
     if checkpoint["answering"]:
         checkpoint["answering"]["unnamed"] = found
-    data.write_atomically(path, data.torch_bytes(checkpoint))
+    data.write_atomically(path, functools.partial(torch.save, checkpoint))
     return "\n".join(lines)
 
 
@@ -888,14 +864,11 @@ def act(args):
     if not folders:
         raise ValueError(f"{run}: not a run folder")
     result = compare(folders)
-    for name, row in result.items():
-        if row["again"]:
-            say_once(f"{name}: {row['again']} of {row['runs']} runs repeat a seed: of other code?")
     return comparison_table(result) + f"\n\nDrawn to {out}." * attempt(draw_comparison, result, out)
 
 
 def main(argv=None):
-    """The command line. Exit status: 0, or 2 after one line on stderr that says what is wrong."""
+    """The command line. Exit status: 0, or 2 after a line on stderr that says what is wrong."""
     parser = argparse.ArgumentParser(description="Compare finished runs, or use one of them.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)")

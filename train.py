@@ -83,11 +83,13 @@ class State:
 
     def load_state_dict(self, saved: dict) -> None:
         """The reverse, on this run's device."""
-        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # of this device
+        lr = saved["optimizer"]["param_groups"][0]["lr"]
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         for name in ("rows", "first_sight", "answering", "before"):
             setattr(self, name, saved[name])
+        model.set_learning_rate(self.optimizer, float(lr))
         self.head.load_state_dict(saved)
         device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
         self.masks = {name: mask.to(device) for name, mask in saved["masks"].items()}
@@ -242,7 +244,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
         # 3. Training steps; on a GPU they are CUDA graphs, captured anew for new targets.
         state.network.train()
-        record = torch.zeros(steps, len(TERMS), device=device)  # read once an epoch: no step waits
+        record = torch.zeros(steps, len(TERMS), device=device)
         order = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
         batches = tqdm(data.batches(*order), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
         one = partial(train_step, state, dataset, targets, 1 - 1 / steps, generator)
@@ -397,8 +399,8 @@ FLAGS = """
 --prune-units 0.0..1.0=0: share of a VGG's filters, too
 --seed 0..=0: of all but the class order
 --seeds 1..=1: runs, from --seed and --class-order on
---device text=auto: cpu, cuda, cuda:1, ...
---embedding text=tsne: picture of the embeddings
+--device text=auto: cpu, cuda, cuda:1
+--embedding text=tsne: how they are drawn
 --out path: run folder; next free in runs/
 --resume path: go on with this run, or that in --out
 """  # name, range or type = default, help
@@ -446,7 +448,7 @@ def use_device(name: str) -> torch.device:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
-    with suppress(OSError, AttributeError):  # glibc only: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):  # glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         for option in (-3, -1):
             ctypes.CDLL("libc.so.6").mallopt(option, 1 << 30)
     return torch.device(name)
@@ -566,7 +568,7 @@ def several(args, argv: list[str]) -> int:
 def main(argv: list[str] | None = None, **changes) -> int:
     """Train. The exit status: 0, 2 after an error, 130 when stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
-    for stream in (sys.stdout, sys.stderr):  # "?" for what a terminal cannot show
+    for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
