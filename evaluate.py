@@ -662,7 +662,7 @@ def concept_rows(x, h, unit, unknown, names):
 # ---- runs side by side ----
 
 NEEDED = {"curriculum", "seed", "class_order", "label_budget"}
-APART = "seed class_order out resume data_dir device embedding versions commit machine".split()
+APART = "seed class_order out resume data_dir device embedding torch commit machine".split()
 
 
 def read_runs(path):

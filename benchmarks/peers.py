@@ -323,7 +323,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def write_row(path: Path, row: dict) -> None:
-    """Write a row as JSON, or add it to a table such as `evaluate.py --csv` writes."""
+    """Write a row as JSON, or add it to a table such as record.py writes."""
     if path.suffix != ".csv":
         return data.write_json(path, row)
     rows = list(csv.DictReader(path.read_text("utf-8").splitlines())) if path.exists() else []
