@@ -262,21 +262,22 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
-        # Two images are similar above the cosine reach**2, that expected of two of one class.
+        # Two of one class are expected to have the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach = resemblance(known_h, known_y)
-        classes = [F.normalize(known[known_y == c].mean(0), dim=0) for c in known_y.unique()]
+        classes = F.normalize(torch.stack([known[known_y == c].mean(0) for c in known_y.unique()]), dim=1)
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
-            """Which rows of x [n,D] are like a centre [D], and no class more: bool [n]."""
+            """Whether rows of x [n,D] are like a centre [D], and no class more."""
             cosine = x @ centre
-            return (cosine > reach**2) & (cosine > (x @ torch.stack(classes).T).amax(1))
+            return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
 
         while len(again) >= at_least:
             rows = unit[again]  # (A, D)
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
-            centre = F.normalize(rows[rows @ rows[similar.argmax()] > reach**2].mean(0), dim=0)  # (D)
-            centre = F.normalize(rows[around(rows, centre)].mean(0), dim=0)  # of all of it
+            alike = rows @ rows[similar.argmax()] > reach**2  # (A)
+            inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
+            centre = F.normalize(rows[inside].mean(0), dim=0)  # (D)
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
             by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
@@ -284,7 +285,7 @@ class ConfusionMonitor:
             if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= self.chance:
                 self.cooldown_left = self.cooldown + 1
                 return group
-            again = again[rows @ centre <= reach**2]
+            again = again[~(alike | (rows @ centre > reach**2))]
         return None
 
 

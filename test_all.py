@@ -1237,6 +1237,15 @@ def test_a_kind_that_nobody_names_is_found_after_some_looks():
     assert not looks(4, 5, at_least=2) and not looks(4, 5, size=15)  # too few
 
 
+def test_a_kind_is_found_beside_a_denser_group_that_is_a_classes():
+    h, y, labelled = crowd(5, 150, 0, 4)
+    index = ((y < 4) & ~labelled | (y == 4) & (torch.arange(len(y)) % 2 == 0)).nonzero()[:, 0]
+    monitor, claims = gp.ConfusionMonitor(len(y), patience=1), 0.0 + ((y[index] != 0) & (y[index] != 4))
+    assert (y[index] == 0).sum() > 1.5 * (y[index] == 4).sum()
+    group = monitor.find_concept(index, claims, 0.5, h[index], h[labelled], y[labelled])
+    assert len(group) > 40 and (y[index[group]] == 4).all()
+
+
 def nameless(kinds=5, units=4, wrap=None, truth=True):
     """A manager, its pool, and embeddings: classes 0 to 3 have some labels, kinds from 4 on have none."""
     h, y, labelled = crowd(kinds, 150, 0, 4)

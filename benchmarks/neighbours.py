@@ -113,7 +113,7 @@ def operation(name: str, n: int) -> Callable[[], object]:
 def measure(name: str, n: int, seconds: float = 2.0) -> dict:
     """Seconds a call (median, min, max) and MB. A call is repeated for `seconds`, 1 to 200 times."""
     warnings.simplefilter("ignore")  # that so few iterations do not converge
-    train.tune_machine()
+    train.use_device("cpu")
     operation(name, 1000)()
     call, times = operation(name, n), []
     before, _, _ = resident()

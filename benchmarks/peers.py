@@ -279,8 +279,7 @@ def load(args: argparse.Namespace) -> data.Dataset:
 
 def run(args: argparse.Namespace) -> dict:
     """Train a peer and measure it: a row with settings (args.*), machine, commit and figures."""
-    train.tune_machine()
-    device = train.pick_device(args.device)
+    device = train.use_device(args.device)
     dataset = load(args).to(device)
     y, test_y, n = dataset.train_y, dataset.test_y, len(dataset.train_y)
     leak, named = data.leak_order(y, args.seed), range(len(dataset.classes))

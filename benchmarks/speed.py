@@ -319,7 +319,7 @@ def contest(job: Job, pipe) -> None:
         gpu = job.device.startswith("cuda")
         wait = torch.cuda.synchronize if gpu else lambda: None
         if job.policy:
-            train.tune_machine()
+            train.use_device(job.device)
         torch.manual_seed(0)
         step = steps[job.contestant](job)
 
