@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import sys
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -554,18 +552,13 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
 
 
-def write_table(path, rows: list[dict], columns=None) -> None:
-    """`write_csv`, or a line on stderr, once, if the file may not be replaced."""
+def write_table(path, rows: list[dict], columns=None) -> str | None:
+    """`write_csv`, and None, or a warning in one line if the file may not be replaced."""
     try:
         write_csv(path, rows, columns)
     except PermissionError as error:
-        say_once(printable(f"{path} was not written ({error.strerror}); is it open in another program?"))
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print a line to stderr, once."""
-    print(line, file=sys.stderr)
+        return printable(f"{path} was not written ({error.strerror}); is it open in another program?")
+    return None
 
 
 def read_checkpoint(path, version: int) -> dict:

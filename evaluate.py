@@ -198,7 +198,7 @@ def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str,
 
 @measured
 def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
-    """How test images of classes without a name are found to be unknown, by claims [T] below the limit.
+    """How test images of nameless classes are found to be unknown, by claims [T] below the limit.
 
     bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
     """
@@ -448,8 +448,9 @@ def attempt(draw, *args):
 
 @functools.cache
 def say_once(text):
-    """Print a line to stderr, once."""
-    print(text, file=sys.stderr)
+    """Print a line to stderr, once; nothing if it is None."""
+    if text:
+        print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -689,7 +690,7 @@ def read_runs(path):
 
 
 def runs_among(paths):
-    """The run folders and tables (*.csv) among paths; a folder of runs stands for the finished ones."""
+    """The run folders and tables (*.csv) among paths; a folder stands for its finished runs."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
         inside = [] if (path / "args.json").exists() else sorted(path.glob("*/args.json"))
@@ -705,33 +706,36 @@ def runs_among(paths):
 def compare(paths):
     """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum and what differs.
+    The name is the curriculum and what differs; learning rate and label budget only within a curriculum.
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
         key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in FIGURES})
         groups.setdefault(key, []).append((args, summary))
     settings = list(map(json.loads, groups))
-    several = {k: {json.dumps(s[k]) for s in settings if k in s} for s in settings for k in s}
     for setting, runs in zip(settings, groups.values(), strict=True):
-        name = str(setting["curriculum"])
-        for k, v in ((k, json.dumps(setting.get(k))) for k in several if k != "curriculum"):
-            if len(several[k]) > 1 and v not in ("null", "false", "[]"):
+        name = curriculum = str(setting["curriculum"])
+        for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
+            alike = [s for s in settings if s["curriculum"] == curriculum or k not in ("lr", "label_budget")]
+            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
+            if len(values) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
         name += f" ({len(result) + 1})" if name in result else ""  # it differs where others have no setting
+        if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
+            say_once(f"{name}: some of {len(runs)} runs repeat a seed: of other code?")
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
         result[name] = {"runs": len(runs)} | figures
     return result
 
 
 def spread(values):
-    """Mean and sample standard deviation of the numbers there, or NaN."""
+    """Mean and sample standard deviation of what is there, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
 
 def comparison_table(result):
-    """The comparison as aligned text, mean ± std, a table for each of BLOCKS."""
+    """The comparison as aligned text, mean ± std."""
     width, lines = max(map(len, result)) + 2, []
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
@@ -762,18 +766,11 @@ def draw_comparison(result, path):
 # ---- the command line ----
 
 
-def open_network(run):
-    """The network of a run folder, or of a file that `--compact` wrote."""
-    from train import model
-
-    return model.load(run / "checkpoint.pt" if run.is_dir() else run)
-
-
-def write_compact(run, path):
-    """Write a run's network without its dead filters; compare outputs on 512 images of noise."""
+def write_compact(source, path):
+    """Write a network without its dead filters; compare outputs on 512 images of noise."""
     from train import data, model
 
-    whole = open_network(run)
+    whole = model.load(source)
     small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
     data.write_atomically(path, functools.partial(torch.save, model.pack(small)))
     apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
@@ -781,13 +778,13 @@ def write_compact(run, path):
     return f"{path}: {left:,} of {size:,} weights in the encoder; outputs apart by at most {apart:.1e}"
 
 
-def predict(run, paths, table):
+def predict(source, paths, table):
     """Answer for images and folders of them: rows in `table`, a picture beside it; the counts."""
     from tqdm import trange
 
-    from train import data
+    from train import data, model
 
-    network, files = open_network(run), data.find_images(paths)
+    network, files = model.load(source), data.find_images(paths)
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
@@ -818,24 +815,24 @@ def draw_predictions(path, files, rows, size):
     contact_sheet(path, sheet, f"{len(rows):,} images, {len(odd):,} of them unknown")
 
 
-def name_units(run, pairs):
-    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint; again, if wished.
+def name_units(path, pairs):
+    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint.
 
     The name of a class joins the unit to it.
     """
     from train import VERSION, data
 
-    path, lines = run / "checkpoint.pt", []
-    checkpoint = data.read_checkpoint(path, VERSION)
-    names = checkpoint["names"]
-    found = [unit for unit, owner in enumerate(checkpoint["units"]["owner"]) if owner == -1]
+    checkpoint, lines = data.read_checkpoint(path, VERSION), []
+    names, owners = checkpoint["names"], list(checkpoint["units"]["owner"])
+    found = [unit for unit, owner in enumerate(owners) if owner == -1]
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*?)\s*", pair)
         if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
             raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
-            raise ValueError(f"--name {pair}: the units without a class are: {found or 'none'}")
+            state = {-2: "free", None: "not there"}.get(dict(enumerate(owners)).get(unit), "a class's")
+            raise ValueError(f"--name {pair}: unit {unit} is {state}; without a class are: {found or 'none'}")
         others = [f", as unit {u} does" for u, known in enumerate(names) if known == name and u != unit]
         names[unit] = checkpoint.setdefault("given", {})[unit] = name
         lines.append(f"unit {unit} answers {name}" + "".join(others))
@@ -854,12 +851,13 @@ def act(args):
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: its folder is not there")
+    source = run / "checkpoint.pt" if run.is_dir() else run
     if args.compact:
-        return write_compact(run, out)
+        return write_compact(source, out)
     if args.name:
-        return name_units(run, args.name)
+        return name_units(source, args.name)
     if args.predict:
-        return predict(run, args.predict, out.with_suffix(".csv"))
+        return predict(source, args.predict, out.with_suffix(".csv"))
     folders = runs_among(args.runs)
     if not folders:
         raise ValueError(f"{run}: not a run folder")

@@ -233,7 +233,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         before = pool.taught_before
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
             head.name_class(pool, c, votes)
-            if c >= args.known_classes and before.any():  # how well is it recognised at once?
+            if c >= args.known_classes and before.any():  # seen at once?
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
                 state.first_sight[classes[c]] = evaluate.fraction(right, dataset.test_y == c)
@@ -255,7 +255,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             progress = (epoch + step / steps) / args.epochs
             model.set_learning_rate(state.optimizer, curriculum.learning_rate(progress, args.lr))
             record[step] = functions[step % len(functions)](index)
-        functions = None  # frees the memory of the CUDA graphs
+        functions = None  # frees their memory
         stop_if_not_finite(record, state.network, epoch)
 
         # 4. Prune, evaluate, log, checkpoint.
@@ -271,8 +271,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         means = zip(TERMS, record.mean(0).tolist(), strict=True)
         row |= {f"loss_{term}": loss if mix[term] else None for term, loss in means}
         state.rows += [row | {"images_per_second": speed, "seconds": time.perf_counter() - start}]
-        data.write_table(f"{args.out}/log.csv", state.rows)
-        data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT)
+        evaluate.say_once(data.write_table(f"{args.out}/log.csv", state.rows))
+        evaluate.say_once(data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT))
         save()
         happened = [event for event in head.events if event["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
@@ -318,8 +318,8 @@ def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
     if bad:
-        kept = f"the checkpoint of epoch {epoch} is kept; " * bool(epoch)
-        raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}try a lower --lr")
+        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint"
+        raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}; try a lower --lr")
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
@@ -380,10 +380,10 @@ FLAGS = """
 --curriculum text=gradual: what is taught when, or all
 --label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled
 --known-classes 1..: at the start; 7 of 10, of a folder all
---late text: NAME,NAME: classes that come late
+--late text: NAME,NAME: come late
 --never-named 0..=0: last classes without any label
 --class-order 0..=0: seed of the classes' order
---replay 1..: images kept of a class when others come; all
+--replay 1..: images kept of earlier classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
 --image-size 8..224: a multiple of 8; 32
@@ -395,14 +395,14 @@ FLAGS = """
 --min-steps 1..: least steps in an epoch
 --batch-size 2..: images per step
 --lr 1e-6..1e3: peak learning rate
---prune 0.0..1.0=0.8: share of weights that end at zero
+--prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters, too
 --seed 0..=0: of all but the class order
---seeds 1..=1: runs, from --seed and --class-order on
+--seeds 1..=1: runs, from --seed, --class-order on
 --device text=auto: cpu, cuda, cuda:1
---embedding text=tsne: how they are drawn
---out path: run folder; next free in runs/
---resume path: go on with this run, or that in --out
+--embedding text=tsne: of embedding.png
+--out path: run folder; one in runs/
+--resume path: run to go on with, or that in --out
 """  # name, range or type = default, help
 
 
@@ -473,7 +473,7 @@ def load(args) -> data.Dataset:
     known = len({*taught, *first}) if args.late or args.dataset.startswith("folder:") else known
     args.known_classes = args.known_classes or len(taught) or known
     if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
-        raise ValueError(f"--known-classes, --late, --never-named do not fit {n} classes")
+        raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
     args.batch_size = min(args.batch_size, max(2, len(y)))
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
@@ -497,14 +497,15 @@ def setup(args, argv: list[str]) -> tuple:
         given = {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
         moved = given & {"--device", "--data-dir", "--dataset"}
         if other := given - moved - {"--resume", "--resume" if args.resume else "--out"}:
-            raise ValueError(f"--resume takes {', '.join(sorted(other))} from the run")
+            raise ValueError(f"--resume takes {', '.join(sorted(other))} from the run; drop the flag")
         try:
             made = json.loads(Path(out, "args.json").read_text("utf-8"))
             made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--resume: {out} holds no run of this version") from None
-        names = [flag[2:].replace("-", "_") for flag in moved]
-        args = Namespace(**made | {name: getattr(args, name) for name in names})
+        args = Namespace(
+            **made | {k: v for k, v in vars(args).items() if f"--{k.replace('_', '-')}" in moved}
+        )
         if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
