@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # the columns of events.csv
-UNNAMED, FREE = -1, -2  # owners of a unit that has no class: a concept without a name; nobody
-UNKNOWN = -3  # vote of an image that resembles nothing with a name or a unit
+EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # columns of events.csv
+UNNAMED, FREE = -1, -2  # owners of a unit without a class: a nameless concept; nobody
+UNKNOWN = -3  # vote of an image that resembles no name or unit
 
 
 def outside_autocast(function: Callable) -> Callable:
@@ -196,7 +196,7 @@ class Units:
         return torch.tensor(answering, device=self.utility.device)
 
     def unnamed(self) -> list[int]:
-        """The units of concepts that have no name yet."""
+        """The units of nameless concepts."""
         return [unit for unit, c in enumerate(self.owner) if c == UNNAMED]
 
     def observe(self, p: Tensor) -> None:
@@ -258,7 +258,7 @@ class ConfusionMonitor:
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
-        again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), places in index
+        again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), in index
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
@@ -275,6 +275,8 @@ class ConfusionMonitor:
         while len(again) >= at_least:
             rows = unit[again]  # (A, D)
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
+            if similar.max() < at_least:
+                break
             alike = rows @ rows[similar.argmax()] > reach**2  # (A)
             inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
             centre = F.normalize(rows[inside].mean(0), dim=0)  # (D)

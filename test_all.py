@@ -1242,6 +1242,10 @@ def test_a_kind_is_found_beside_a_denser_group_that_is_a_classes():
     assert (y[index] == 0).sum() > 1.5 * (y[index] == 4).sum()
     group = monitor.find_concept(index, claims, 0.5, h[index], h[labelled], y[labelled])
     assert len(group) > 40 and (y[index[group]] == 4).all()
+    for spoilt in (0 * h, 0 * h + 1, h * math.nan):  # a collapsed network: the search ends
+        monitor.cooldown_left = 0
+        given = index, claims, 0.5, spoilt[index], spoilt[labelled], y[labelled]
+        assert monitor.find_concept(*given) is None
 
 
 def nameless(kinds=5, units=4, wrap=None, truth=True):
