@@ -243,7 +243,7 @@ class ConfusionMonitor:
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks in a row without a claim
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit that an image belongs to
         self.cooldown_left, self.settled = 0, False
 
@@ -262,7 +262,7 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
-        # Two of one class are expected to have the cosine reach**2.
+        # Two of a class are expected to have the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach = resemblance(known_h, known_y)
         classes = F.normalize(torch.stack([known[known_y == c].mean(0) for c in known_y.unique()]), dim=1)
