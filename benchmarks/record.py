@@ -4,6 +4,7 @@ Columns: the settings (args.*, without paths of this machine), then the figures 
 form that results/ has and that `python evaluate.py FILE.csv` reads.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,17 +17,22 @@ import evaluate
 LEFT_OUT = ("out", "resume", "data_dir", "device")
 
 
-def main() -> None:
-    """Read all runs, then write."""
-    *folders, path = sys.argv[1:]
-    rows = []
-    for args, summary in (run for folder in folders for run in evaluate.read_runs(folder)):
+def main() -> str:
+    """Read all runs, then write; what was done."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("table", metavar="FILE.csv")
+    given, rows = parser.parse_args(), []
+    for args, summary in (run for folder in given.runs for run in evaluate.read_runs(folder)):
         settings = {f"args.{key}": value for key, value in args.items() if key not in LEFT_OUT}
         rows.append(settings | {key: value for key, value in summary.items() if key[:5] != "args."})
     cells = [{k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()} for row in rows]
-    data.write_csv(path, cells)
-    print(f"{len(rows)} runs: {path}")
+    data.write_csv(given.table, cells)
+    return f"{len(rows)} runs: {given.table}"
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        print(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"record.py: error: {error}")
