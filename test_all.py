@@ -39,7 +39,7 @@ from torch.nn.utils import parametrizations  # noqa: F401, used in tables
 from torch.nn.utils import prune as torch_prune  # noqa: F401
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torchvision.models import VisionTransformer
 
 import augment
@@ -95,6 +95,7 @@ def make_folder(root, classes=("ant", "bee"), per_class=3, splits=("train", "tes
 
 def refused(capsys, main, args):
     """The one line with which `main` refuses these arguments."""
+    capsys.readouterr()
     assert main([str(a) for a in args]) == 2
     message = capsys.readouterr().err
     assert message.split()[1] == "error:" and len(message.splitlines()) == 1
@@ -1758,15 +1759,6 @@ def test_wrong_runs_get_one_line(finished, answering, capsys):
 # ---- train: the command line, runs, resuming ----
 
 
-def told_off(capsys, main, args):
-    """The one line with which `main` refuses these arguments."""
-    capsys.readouterr()
-    assert main([str(a) for a in args]) == 2
-    message = capsys.readouterr().err
-    assert message.split()[1] == "error:" and len(message.splitlines()) == 1
-    return message
-
-
 FAST = "--dataset digits --image-size 8 --per-class 10 --batch-size 32 --embedding pca --epochs 4".split()
 TINY = [*FAST, "--label-budget", "0.2"]
 
@@ -1857,11 +1849,9 @@ def rows_of(folder):
 
 def identical(a, b):
     """Whether two values are the same, with the tensors in them bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(identical, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    (some, shape), (others, other_shape) = tree_flatten(a), tree_flatten(b)
+    pairs = zip(some, others, strict=True) if shape == other_shape else [(0, 1)]
+    return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs)
 
 
 def same_run(a, b):
@@ -1983,7 +1973,7 @@ def test_bad_values_get_one_line_and_leave_nothing(capsys, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     args = [*("--dataset digits".split() if "--resume" not in flags else []), *flags.split()]
     out = [] if "--resume" in flags or "--out" in flags else ["--out", tmp_path / "run"]
-    assert words in told_off(capsys, train.main, [*out, *args])
+    assert words in refused(capsys, train.main, [*out, *args])
     assert not any(tmp_path.iterdir())
 
 
@@ -1993,7 +1983,7 @@ def test_nothing_is_overwritten(capsys, tmp_path, runs, out):
     (tmp_path / "held/mine.txt").write_text("kept")
     shutil.copytree(runs / "self", tmp_path / "run")
     before = contents(tmp_path)
-    told_off(capsys, train.main, ["--dataset", "digits", "--out", tmp_path / out])
+    refused(capsys, train.main, ["--dataset", "digits", "--out", tmp_path / out])
     assert contents(tmp_path) == before
 
 
@@ -2052,7 +2042,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(runs, capsys, tmp_path, s
     if spoil:
         spoil(out)
     before = contents(out)
-    assert words in told_off(capsys, train.main, ["--resume", out, *flags.split()])
+    assert words in refused(capsys, train.main, ["--resume", out, *flags.split()])
     assert contents(out) == before
 
 
@@ -2109,7 +2099,7 @@ def test_flags_about_classes_combine(tmp_path, capsys):
     flags = "--dataset digits --validate --known-classes 2 --never-named 1 --per-class 20".split()
     assert start(*flags, *SMALL, "--out", tmp_path / "held") == 0
     shutil.rmtree(tmp_path / "set/train/cat")
-    message = told_off(capsys, train.main, ["--dataset", folder, *SMALL, "--out", tmp_path / "none"])
+    message = refused(capsys, train.main, ["--dataset", folder, *SMALL, "--out", tmp_path / "none"])
     assert "class 'cat' has no training image" in message
 
 
@@ -2122,7 +2112,7 @@ def test_a_run_goes_on_with_data_that_moved_but_not_with_others(tmp_path, capsys
     assert start(*moved) == 0
     for split in ("train", "test"):
         (tmp_path / "moved" / split / "bee").rename(tmp_path / "moved" / split / "wasp")
-    assert "other images, labels or class names" in told_off(capsys, train.main, moved)
+    assert "other images, labels or class names" in refused(capsys, train.main, moved)
 
 
 # Classes of the new folder; ant, bee and cat are known before.
@@ -2148,7 +2138,7 @@ def test_an_earlier_run_is_continued_on_other_data_and_left_alone(tmp_path, earl
     taught = {*NEXT[case].split()} if name != "self" else set()
     assert set(filter(None, saved_in(out)["names"])) == {"ant", "bee", "cat"} | taught
     assert (summary_of(out)["old_accuracy_before"] is None) == (case == "absent")
-    assert "--from decides --model" in told_off(capsys, train.main, [*flags, "--model", "cnn"])
+    assert "--from decides --model" in refused(capsys, train.main, [*flags, "--model", "cnn"])
     if case == "absent":
         made = json.loads((out / "args.json").read_text()) | {"origin": str(tmp_path / "nowhere")}
         (out / "args.json").write_text(json.dumps(made))  # the earlier run is no longer needed
