@@ -4,8 +4,7 @@
     group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # unclaimed and alike: a kind
     unit, how = units.allocate(head, optimizer, UNNAMED)    # a unit for it, in place: recycled or new
     imprint(head, unit, h, others)    # it points at what sets it apart from the others
-    masks = prune_smallest(encoder, 0.8)    # zero the smallest 80 % of the weights
-    apply_masks(encoder, masks)    # after every step: momentum revives pruned weights
+    masks = prune_smallest(encoder, 0.8)    # and apply_masks(encoder, masks) after every step
 
 Sources: Qi, Brown & Lowe 2018, imprinting (arXiv 1712.07136); Fisher 1936, the discriminant; Zhu & Gupta 2017
 and Li et al. 2017, pruning (arXiv 1710.01878, 1608.08710); Dohare et al. 2024, utility (Nature 632).
@@ -44,9 +43,9 @@ def outside_autocast(function: Callable) -> Callable:
 
 
 def linear_of(head: nn.Module) -> nn.Linear:
-    """The nn.Linear in `head`, compiled or DataParallel or not. ValueError if it is not a plain one."""
-    while isinstance(head, nn.DataParallel) or hasattr(head, "_orig_mod"):
-        head = head.module if isinstance(head, nn.DataParallel) else head._orig_mod
+    """The nn.Linear in `head`, compiled or DataParallel or not. ValueError if it is no plain one."""
+    while hasattr(head, "_orig_mod") or isinstance(head, nn.DataParallel):
+        head = getattr(head, "_orig_mod", None) or head.module
     plain = head._parameters if isinstance(head, nn.Linear) else {}  # not what torch's pruning replaces
     if plain.get("weight") is None or "bias" not in plain or is_lazy(plain["weight"]):
         raise ValueError(f"the head must be a plain nn.Linear, unpruned, no weight norm; not {type(head)}")
@@ -118,11 +117,10 @@ def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> Non
 def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float = 0.03, rivals=None) -> None:
     """Point a unit at embeddings h [n,D] of its class, so that the class can be predicted at once.
 
-    Its row becomes normalize(mean(normalize(h))), of the mean length of the others. The mean of few images
-    lies close to everything. Given others [m,D], of other classes, it is therefore turned to where its
-    class differs from them (`discriminant`), and the bias keeps the mean logit of h, or lowers it until the
-    unit wins at most the share `tolerance` of the others (one more at a tie) from its rivals (bool [U], None:
-    all). Needs a bias for that. Raises ValueError before anything is changed.
+    Its row becomes normalize(mean(normalize(h))), of the mean length of the others. Given others [m,D], of
+    other classes, it turns to where its class differs from them (`discriminant`), and the bias keeps the mean
+    logit of h, or is lowered until the unit wins at most the share `tolerance` of the others (one more at a
+    tie) from its rivals (bool [U], None: all). Needs a bias for that. Raises ValueError before any change.
     """
     inner = linear_of(head)
     weight, bias = inner.weight, inner.bias  # (U, D), (U)
@@ -148,6 +146,11 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     bias[unit] = torch.minimum(before - head_logits(head, h)[:, unit].mean(), -margin)
 
 
+def sums(h: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum of the rows of h [n,D] by group (int64 [n], 0..groups-1): [groups,D]."""
+    return h.new_zeros(groups, h.shape[1]).index_add_(0, group, h)
+
+
 @outside_autocast
 def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:
     """The direction float32 [D] in which the mean `own` [D] of a class differs most from the others [m,D].
@@ -156,8 +159,8 @@ def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0
     (int64 [m]), shrunk towards its mean variance because they are few.
     """
     own, others = own.float(), others.float()
-    total = others.new_zeros(int(kind.max()) + 1, others.shape[1]).index_add_(0, kind, others)  # (kinds, D)
-    around = others - (total / kind.bincount().clamp(min=1)[:, None])[kind]  # (m, D)
+    count = kind.bincount()  # (kinds)
+    around = others - (sums(others, kind, len(count)) / count.clamp(min=1)[:, None])[kind]  # (m, D)
     covariance = around.T @ around / len(others)  # (D, D)
     target = covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(own), device=own.device)  # (D, D)
     return torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * target, own - others.mean(0))
@@ -172,7 +175,7 @@ class Units:
     owner: the class of each unit, or UNNAMED, or FREE
     given: names that a person gave to units, which are never used for anything else
     utility [U]: running mean (0.99) of a unit's probability over the training images
-    age: looks of the monitor since a unit got its owner; below `mature` it cannot be redundant
+    age: looks since a unit got its owner; below `mature` it is not redundant
     """
 
     def __init__(self, owner: Sequence[int], mature=3, device="cpu"):
@@ -204,17 +207,14 @@ class Units:
         self.utility.lerp_(p.detach().float().mean(0), 0.01)
 
     def redundant(self) -> int | None:
-        """A unit to use again: nobody's, else a mature unnamed one that is hardly ever chosen; or None."""
+        """A unit to use again: nobody's, else a mature unnamed one hardly ever chosen; or None."""
         able = [u for u, c in enumerate(self.owner) if c < 0 and u not in self.given]
-        for unit in able:
-            if self.owner[unit] == FREE:
-                return unit
-        idle = [u for u in able if self.age[u] >= self.mature]
-        least = min(idle, key=lambda u: float(self.utility[u]), default=None)
-        return least if least is not None and self.utility[least] < 0.1 / len(self.owner) else None
+        free = [u for u in able if self.owner[u] == FREE]
+        idle = [u for u in able if self.age[u] >= self.mature and self.utility[u] < 0.1 / len(self.owner)]
+        return min(free or idle, key=lambda u: float(self.utility[u]), default=None)
 
     def allocate(self, head: nn.Module, optimizer: Optimizer | None, owner: int) -> tuple[int, str]:
-        """A unit of `head` for `owner`: "recycled" if there is a redundant one, else "grown", in place."""
+        """A unit of `head` for `owner`: "recycled" if one is redundant, else "grown", in place."""
         unit, how = self.redundant(), "recycled"
         if unit is not None:
             recycle_unit(head, optimizer, unit)
@@ -238,7 +238,8 @@ class ConfusionMonitor:
 
     n: number of images; at_least: share of the images looked at per named class that makes a kind (20 or
     more); patience: looks in a row in which an image must be unclaimed; cooldown: looks without another find,
-    while the new unit spreads; chance: largest probability that leaking labels avoid a named kind so well
+    while the new unit spreads; chance: largest probability that leaking labels avoid a named kind so well,
+    four times that until `settled`
     """
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
@@ -264,8 +265,8 @@ class ConfusionMonitor:
             return None
         # Two of a class are expected to have the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
-        reach = resemblance(known_h, known_y)
-        classes = F.normalize(torch.stack([known[known_y == c].mean(0) for c in known_y.unique()]), dim=1)
+        reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 4)
+        classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)  # (C, D)
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
             """Whether rows of x [n,D] are like a centre [D], and no class more."""
@@ -284,7 +285,7 @@ class ConfusionMonitor:
             group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
             by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
             group = group[unit[group] @ centre > reach]  # (G), places in index
-            if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= self.chance:
+            if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
                 self.cooldown_left = self.cooldown + 1
                 return group
             again = again[~(alike | (rows @ centre > reach**2))]
@@ -330,9 +331,9 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     h [L,D]: embeddings; y int64 [L]: classes. 1, which nothing reaches, if no class has two.
     """
     unit = F.normalize(h.float(), dim=1)
-    total = torch.zeros(int(y.max()) + 1, unit.shape[1], device=h.device).index_add_(0, y, unit)
-    several = y.bincount()[y] > 1
-    cosine = (unit * F.normalize(total[y] - unit, dim=1)).sum(1)[several]
+    count = y.bincount()  # (classes)
+    others = sums(unit, y, len(count))[y] - unit  # (L, D)
+    cosine = (unit * F.normalize(others, dim=1)).sum(1)[count[y] > 1]
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
@@ -373,7 +374,7 @@ class HeadManager:
         return own | {"units": vars(self.units), "monitor": vars(self.monitor)}
 
     def load_state_dict(self, saved: dict) -> None:
-        """The reverse, on the device of the images."""
+        """The reverse."""
         for own, values in ((self.units, saved["units"]), (self.monitor, saved["monitor"])):
             for key, v in values.items():
                 setattr(own, key, v.to(self.y.device, copy=True) if torch.is_tensor(v) else copy(v))
@@ -403,9 +404,7 @@ class HeadManager:
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
         """Indices int64 [M] of the active images that are watched or labelled (bool [N])."""
-        chosen = labelled.clone()
-        chosen[self.watched] = True
-        return (chosen & pool.active).nonzero()[:, 0]
+        return (labelled.index_fill(0, self.watched, True) & pool.active).nonzero()[:, 0]
 
     @torch.no_grad()
     @outside_autocast
@@ -427,33 +426,37 @@ class HeadManager:
         unclaimed = claims < limit  # (W)
 
         self.units.age = [age + 1 for age in self.units.age]
-        before, monitor.settled = monitor.settled, not (pool.labelled & ~pool.labelled_before).any()
-        for unit in self.units.unnamed() if monitor.settled and not before else ():
-            self.release(unit)
+        leaking = pool.taught_before[self.y[pool.labelled & ~pool.labelled_before]].any()
+        before, monitor.settled = monitor.settled, not leaking
+        if monitor.settled and not before:
+            monitor.cooldown_left = 0
+            for unit in self.units.unnamed():
+                self.release(unit)
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
         group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
         if group is not None:
-            members, half = watched[group], (len(group) + 1) // 2
-            surest = members[claims[group].argsort()[:half]]  # those that are claimed least
+            members = watched[group]
+            surest = members[claims[group].argsort()[: (len(members) + 1) // 2]]  # that are claimed least
             unit, _ = self.open_unit(pool, UNNAMED, surest)
             concept[members] = unit
             self.log_unit("opened", unit, surest)
-        member = concept[watched] if monitor.settled else torch.full_like(watched, -1)  # (W)
+        member = concept[watched] if monitor.settled else -1  # (W)
         votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
         return votes
 
+    def centres(self, h: Tensor, member: Tensor) -> Tensor:
+        """Unit means [U,D] of embeddings h [N,D] by unit, int64 [N] or -1; zero without any."""
+        return F.normalize(sums(h, member + 1, len(self.units.owner) + 1)[1:], dim=1)
+
     def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:
         """Move the unclaimed of the watched images [W] to the nearest unnamed unit above cosine `reach`."""
-        concept, unnamed = self.monitor.concept, self.units.unnamed()
-        centres = {u: F.normalize(h[concept == u].mean(0), dim=0) for u in unnamed if (concept == u).any()}
+        concept, unknown = self.monitor.concept, watched[unclaimed]  # (N), (V)
+        cosine, nearest = (h[unknown] @ self.centres(h, concept).T).max(1)  # (V, U) -> (V)
         concept.fill_(-1)
-        if centres:
-            units, unknown = torch.tensor(list(centres), device=h.device), watched[unclaimed]  # (K), (V)
-            cosine, nearest = (h[unknown] @ torch.stack(list(centres.values())).T).max(1)  # (V, K) -> (V)
-            concept[unknown] = torch.where(cosine > reach, units[nearest], -1)
-        for unit in unnamed:
+        concept[unknown] = torch.where(cosine > max(reach, 0), nearest, -1)
+        for unit in self.units.unnamed():
             if (concept == unit).sum() < 10:  # labels claim its images
                 self.release(unit)
 
@@ -492,7 +495,7 @@ class HeadManager:
                 self.imprint_ema(pool, unit, index[~second])
 
     def log_unit(self, event: str, unit: int, index: Tensor) -> None:
-        """Log an event of an unnamed unit with its images `index`, and their true class where it is known."""
+        """Log an event of a unit with its images `index` and their true class, where it is known."""
         true = self.y[index][self.y[index] >= 0].bincount()
         c, purity = (int(true.argmax()), float(true.max() / true.sum())) if len(true) else (None, None)
         self.log(event, unit, c, len(index), purity)
@@ -524,24 +527,27 @@ class HeadManager:
 
     @torch.no_grad()
     @outside_autocast
-    def name_class(self, pool, c: int, votes: Tensor) -> None:
+    def name_class(self, pool, c: int, votes: Tensor, h: Tensor | None) -> None:
         """Give class c, whose first labels have come, a unit; votes int64 [N]: from `discover`, changed.
 
-        The unnamed unit that more than half of its labelled images fall into; else its own or a new one.
+        The unnamed unit whose centre is nearest of all units' to more than half of its labelled images;
+        else its own or a new one. h: as in `discover`, or None.
         """
-        units, index = self.units, (pool.labelled & (self.y == c)).nonzero()[:, 0]  # (n)
-        logits, bias = head_logits(self.ema.head, self.embed(self.ema, index)), linear_of(self.ema.head).bias
-        logits = logits - (0 if bias is None else bias)  # (n, U), for a young unit's bias is lowered
-        best = logits.masked_fill(~units.in_use(pool.taught_before), -math.inf).argmax(1)  # (n)
-        count = best.bincount(minlength=len(units.owner))  # (U)
-        unit, own = int(count.argmax()), units.owner.index(c) if c in units.owner else None
-        if units.owner[unit] == UNNAMED and count[unit] > len(index) / 2:
+        units, concept, labels = self.units, self.monitor.concept, pool.labelled & (self.y == c)  # (N), (N)
+        index, own = labels.nonzero()[:, 0], units.owner.index(c) if c in units.owner else None  # (n)
+        share, unit = 0.0, -1
+        if units.unnamed():
+            of_label = units.of_classes(len(self.classes))[self.y]  # (N)
+            member = torch.where(pool.labelled, of_label, concept).masked_fill(labels, -1)  # (N)
+            count = (h[index] @ self.centres(h, member).T).argmax(1).bincount()  # (n, U) -> (U)
+            unit, share = int(count.argmax()), float(count.max() / len(index))
+        if share > 0.5 and units.owner[unit] == UNNAMED:
             if own is not None:
                 self.release(own)
             units.owner[unit], units.age[unit] = c, 0
-            self.log("named", unit, c, len(index), float(count[unit] / len(index)))
-            members = (votes == unit).nonzero()[:, 0]
-            self.imprint_ema(pool, unit, torch.cat([index, members]))
+            self.log("named", unit, c, len(index), share)
+            self.imprint_ema(pool, unit, torch.cat([index, (votes == unit).nonzero()[:, 0]]))
+            concept[concept == unit] = -1
         elif own is not None:
             imprint(self.network.head, own, self.embed(self.network, index))
             self.imprint_ema(pool, own, index)
@@ -555,7 +561,7 @@ class HeadManager:
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of linear, convolutional and attention layers, by name. ValueError if one is reparametrized."""
+    """Weights of linear, convolutional, attention layers, by name. ValueError if one is reparametrized."""
     weights = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
@@ -596,7 +602,7 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of the convolutions and batch norms of a chain, in pairs, but the last. ValueError otherwise."""
+    """Names of convolutions and batch norms of a chain, in pairs, but the last. ValueError otherwise."""
     chain = model.named_children() if isinstance(model, nn.Sequential) else ()
     layers = [(name, type(m)) for name, m in chain if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     if not layers or [kind for _, kind in layers] != [nn.Conv2d, nn.BatchNorm2d] * (len(layers) // 2):

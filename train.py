@@ -219,7 +219,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
-        # 1. Classes arrive, unknown images open units, and first labels name them.
+        # 1. Classes arrive, unknown images open units, first labels name them.
         count = y[pool.arrived & (y >= 0)].bincount() if epoch else y[:0]
         for c in count.nonzero()[:, 0].tolist():
             head.log("arrived", c=c, count=int(count[c]))
@@ -232,7 +232,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             votes = head.discover(pool, h) if stage.discovery else votes
         before = pool.taught_before
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
-            head.name_class(pool, c, votes)
+            head.name_class(pool, c, votes, h)
             if c >= args.known_classes and before.any():  # seen at once?
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
