@@ -536,10 +536,14 @@ def write_atomically(path, content, mark: str = "") -> None:
         raise
 
 
-def write_json(path, value: dict) -> None:
+def as_json(value: dict) -> bytes:
     """A dictionary as JSON in UTF-8."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode(errors="backslashreplace"))
+    return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+
+
+def write_json(path, value: dict) -> None:
+    """Write `as_json`."""
+    write_atomically(path, as_json(value))
 
 
 def write_csv(path, rows: list[dict], columns=None) -> None:

@@ -35,23 +35,25 @@ PARTS = ("h", "z", "logits")  # of what a network returns
 
 
 def measured(function: Callable) -> Callable:
-    """Compute in float32 without autocast and gradients, whatever surrounds it.
+    """Compute in float32 without autocast, gradients and inference mode, whatever surrounds it.
 
-    ValueError names an argument of no or other rows (train_*, test_* apart), or train_y < 0.
+    ValueError names an argument of no or other rows (train_*, test_* apart), with NaN, or train_y < 0.
     """
 
     @functools.wraps(function)
     def wrapped(*args, **options):
         given, rows = inspect.signature(function).bind(*args, **options).arguments, {}
-        for name, x in given.items():
-            if isinstance(x, Tensor):
-                wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
-                if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
-                    raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
-                if name == "train_y" and x.min() < 0:
-                    raise ValueError("train_y is negative: leave images without a label out")
-                given[name] = x.float() if x.is_floating_point() else x
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), off[0], off[1]:
+            for name, x in given.items():
+                if isinstance(x, Tensor):
+                    wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
+                    if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
+                        raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
+                    if x.isnan().any() or name == "train_y" and x.min() < 0:
+                        raise ValueError(f"{name} has NaN or images without a label; leave them out")
+                    x = x.clone() if x.is_inference() else x
+                    given[name] = x.float() if x.is_floating_point() else x
             return function(**given)
 
     return wrapped
@@ -128,7 +130,7 @@ def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
     accuracy = np.asarray(accuracy, dtype=float)
     if not len(accuracy):
         raise ValueError("accuracy has no epochs")
-    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # fmax ignores NaN: a class without test images
+    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # NaN: a class without test images
 
 
 @measured
@@ -192,13 +194,13 @@ def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
 
 
 def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float | None]:
-    """The columns accuracy_<name> of log.csv; None for a class without images."""
+    """Columns accuracy_<name> of log.csv; None for a class without images."""
     return {f"accuracy_{name}": fraction(predicted == y, y == c) for c, name in enumerate(classes)}
 
 
 @measured
 def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
-    """How test images of nameless classes are found to be unknown, by claims [T] below the limit.
+    """How test images of nameless classes are told, by claims [T] below the limit.
 
     bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
     """
@@ -273,7 +275,7 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
 
     for _ in range(5):
         centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), own
-        for new in range(known, k):  # k-means++: likely where it is far to the centres so far
+        for new in range(known, k):  # k-means++
             far = torch.cdist(free, centres[:new]).amin(1).square().cpu() if new else torch.ones(len(free))
             centres[new] = free[torch.multinomial(far + 1e-12, 1, generator=generator).item()]
         for _ in range(100):  # Lloyd
@@ -408,9 +410,9 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
     minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
     line += f"  {row['images_per_second']:5.0f}  {minutes:3d}:{seconds:02d}"
     for event in events:
-        told = [] if event["count"] is None else [f"{event['count']} images"]
-        told += [] if event["purity"] is None else [f"{100 * event['purity']:.0f} % pure"]
-        name = f" for class {event['class']}" * bool(event["class"]) + f" ({', '.join(told)})" * bool(told)
+        facts = [] if event["count"] is None else [f"{event['count']} images"]
+        facts += [] if event["purity"] is None else [f"{100 * event['purity']:.0f} % pure"]
+        name = f" for class {event['class']}" * bool(event["class"]) + f" ({', '.join(facts)})" * bool(facts)
         line += f"\n         {event['event']}: unit {event['unit']}{name}" * (event["event"] != "arrived")
     return line
 
@@ -424,7 +426,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- drawn: a run ----
 
-# Six colours of Okabe & Ito's and four of Tol's, for colour-blind people.
+# Okabe & Ito's and four of Tol's colours, for colour-blind people.
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -448,14 +450,14 @@ def attempt(draw, *args):
 
 @functools.cache
 def say_once(text):
-    """Print a line to stderr, once; nothing if it is None."""
+    """Print a line to stderr, once; not if it is None."""
     if text:
         print(text, file=sys.stderr)
 
 
 @contextmanager
 def figure(path, width, height, rows=1, columns=1, **options):
-    """A figure of so many inches and its axes, in the end written to path."""
+    """A figure of so many inches and its axes, written to path in the end."""
     from matplotlib import figure, font_manager, rc_context
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
@@ -469,7 +471,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
 
 
 def shown(name, length=24):
-    """A name for a picture: one line, shortened in the middle, a "$" or leading "_" doing no harm."""
+    """A name for a picture: one line, shortened in the middle, "$" and a leading "_" harmless."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
     return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
@@ -555,12 +557,12 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if (unit == unit[0]).all():
-        return np.zeros((len(unit), 2))  # a collapsed network: there is nothing to project
+        return np.zeros((len(unit), 2))  # a collapsed network
     if method == "umap":
         try:
             from umap import UMAP
         except ImportError:
-            raise ValueError("--embedding umap: pip install umap-learn, or use --embedding tsne") from None
+            raise ValueError("--embedding umap: pip install umap-learn, or use tsne") from None
         return UMAP(random_state=0).fit_transform(unit)
     tsne = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
     return (tsne if method == "tsne" else PCA(2, random_state=0)).fit_transform(unit)
@@ -569,7 +571,7 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
     """2,000 embeddings h [N,D] of classes y [N] in two dimensions, with their names.
 
-    known, seen: classes at the start, the end (None: all). Late ones have an outline, unseen ones are grey.
+    known, seen: classes at the start, the end (None: all). Late ones are outlined, unseen ones are grey.
     """
     chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
     points, y, known, seen = project(h[chosen], method), y[chosen].cpu().numpy(), known or n, seen or n
@@ -584,10 +586,8 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
                 ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
         if n <= 20:
             fig.legend(ncol=5, loc="outside lower center")
-        ax.set(xticks=[], yticks=[])
-        ax.set_title(
-            f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})", fontsize=11
-        )
+        title = f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})"
+        ax.set(xticks=[], yticks=[], title=title)
 
 
 @measured
@@ -706,7 +706,7 @@ def runs_among(paths):
 def compare(paths):
     """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum and what differs; learning rate and label budget only within a curriculum.
+    The name is the curriculum and what differs; rate and label budget only within a curriculum.
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
@@ -729,13 +729,13 @@ def compare(paths):
 
 
 def spread(values):
-    """Mean and sample standard deviation of what is there, or NaN."""
+    """Mean and sample standard deviation, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
 
 def comparison_table(result):
-    """The comparison as aligned text, mean ± std."""
+    """The comparison as text, mean ± std."""
     width, lines = max(map(len, result)) + 2, []
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
@@ -749,7 +749,7 @@ def comparison_table(result):
 
 
 def draw_comparison(result, path):
-    """Test accuracies as bars, with the standard deviation over runs."""
+    """Test accuracies as bars, with their standard deviation."""
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T

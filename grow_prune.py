@@ -24,11 +24,11 @@ from torch.optim import Optimizer
 
 EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # columns of events.csv
 UNNAMED, FREE = -1, -2  # owners of a unit without a class: a nameless concept; nobody
-UNKNOWN = -3  # vote of an image that resembles no name or unit
+UNKNOWN = -3  # vote of an image like no name or unit
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """Switch autocast off inside a function: what it computes in float32 stays in float32."""
+    """Switch autocast off inside a function: its float32 stays float32."""
 
     @wraps(function)
     def wrapped(*args, **kwargs):
@@ -115,7 +115,7 @@ def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> Non
 @torch.no_grad()
 @outside_autocast
 def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float = 0.03, rivals=None) -> None:
-    """Point a unit at embeddings h [n,D] of its class, so that the class can be predicted at once.
+    """Point a unit at embeddings h [n,D] of its class, which can then be predicted at once.
 
     Its row becomes normalize(mean(normalize(h))), of the mean length of the others. Given others [m,D], of
     other classes, it turns to where its class differs from them (`discriminant`), and the bias keeps the mean
@@ -155,7 +155,7 @@ def sums(h: Tensor, group: Tensor, groups: int) -> Tensor:
 def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0.8) -> Tensor:
     """The direction float32 [D] in which the mean `own` [D] of a class differs most from the others [m,D].
 
-    Fisher's: solve(S, own - mean(others)); S is the covariance of the others around the means of their kinds
+    Fisher's: solve(S, own - mean(others)); S: covariance of the others around the means of their kinds
     (int64 [m]), shrunk towards its mean variance because they are few.
     """
     own, others = own.float(), others.float()
@@ -170,10 +170,10 @@ def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0
 
 
 class Units:
-    """What each unit of a head stands for: a class, a concept that has no name yet, or nothing.
+    """What each unit of a head stands for: a class, a concept without a name, or nothing.
 
     owner: the class of each unit, or UNNAMED, or FREE
-    given: names that a person gave to units, which are never used for anything else
+    given: names that a person gave to units, which are used for nothing else
     utility [U]: running mean (0.99) of a unit's probability over the training images
     age: looks since a unit got its owner; below `mature` it is not redundant
     """
@@ -237,15 +237,14 @@ class ConfusionMonitor:
     Labels leak at random: around a named kind at a known rate, around a nameless one hardly ever.
 
     n: number of images; at_least: share of the images looked at per named class that makes a kind (20 or
-    more); patience: looks in a row in which an image must be unclaimed; cooldown: looks without another find,
-    while the new unit spreads; chance: largest probability that leaking labels avoid a named kind so well,
-    four times that until `settled`
+    more); patience: looks in a row in which an image is unclaimed; cooldown: looks without another find;
+    chance: largest probability that labels avoid a named kind so well, four times that until `settled`
     """
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
         self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
-        self.concept = torch.full((n,), -1, device=device)  # the unnamed unit that an image belongs to
+        self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
         self.cooldown_left, self.settled = 0, False
 
     @outside_autocast
@@ -303,7 +302,7 @@ def kernels(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float):
 
 @outside_autocast
 def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
-    """How far the names around an image claim it: float32 [n], 0 without any, about 1 amid a named class.
+    """How far names around an image claim it: float32 [n], 0 without any, about 1 amid a named class.
 
     The density of named images over that of all, by the kernel exp(cosine / temperature), relative to their
     share. h [n,D]: embeddings; pool_h [M,D]: to compare with, `named` (bool [M]) or not. NaN if none is.
@@ -315,7 +314,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 
 @outside_autocast
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
-    """The claim below which an image is unknown: the quantile `reject` of the named ones; -inf without two.
+    """The claim below which an image is unknown: quantile `reject` of the named ones; -inf without two.
 
     Each is asked as if it had no label, so about that share of the known classes' images is unknown.
     """
@@ -326,7 +325,7 @@ def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: 
 
 @outside_autocast
 def resemblance(h: Tensor, y: Tensor) -> float:
-    """The cosine to the mean of the others of its class that three quarters of the images reach.
+    """The cosine to the mean of its class's other images that three quarters of the images reach.
 
     h [L,D]: embeddings; y int64 [L]: classes. 1, which nothing reaches, if no class has two.
     """
@@ -339,7 +338,7 @@ def resemblance(h: Tensor, y: Tensor) -> float:
 
 @outside_autocast
 def two_means(h: Tensor) -> tuple[float, Tensor]:
-    """Split embeddings h [n,D] by k-means: the cosine of the two centres, and the second half, bool [n]."""
+    """Split embeddings h [n,D] by k-means: the cosine of both centres; the second half, bool [n]."""
     from sklearn.cluster import KMeans
 
     unit = F.normalize(h.float(), dim=1)
@@ -352,7 +351,7 @@ def two_means(h: Tensor) -> tuple[float, Tensor]:
 
 
 class HeadManager:
-    """Opens, names, recycles and imprints the units of a head, in a network and in its EMA together.
+    """Opens, names, recycles and imprints units in the heads of a network and its EMA together.
 
     networks: the network, its EMA, each with a `head`, and the optimizer or None; embed(network, index):
     embeddings [n,D] of training images; y: int64 [N], classes or -1; watched: int64, random images to look
@@ -403,7 +402,7 @@ class HeadManager:
         return logits.argmax(1), owner[logits.masked_fill(owner < 0, -math.inf).argmax(1)]
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
-        """Indices int64 [M] of the active images that are watched or labelled (bool [N])."""
+        """Indices int64 [M] of active images that are watched or labelled (bool [N])."""
         return (labelled.index_fill(0, self.watched, True) & pool.active).nonzero()[:, 0]
 
     @torch.no_grad()
@@ -411,8 +410,8 @@ class HeadManager:
     def discover(self, pool, h: Tensor) -> Tensor:
         """Give each kind that no label claims, epoch after epoch, a unit without a name; review these units.
 
-        While labels leak, a unit is provisional: its images teach no name, and then all is looked at afresh.
-        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: an unnamed unit to vote for, UNKNOWN, or -1.
+        While labels leak, a unit is provisional: its images teach no name, and then all is asked afresh.
+        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: unnamed unit to vote for, UNKNOWN, or -1.
         """
         votes, h = torch.full_like(self.y, -1), h.float()
         if not (pool.labelled_before & pool.active).any():
@@ -427,20 +426,24 @@ class HeadManager:
 
         self.units.age = [age + 1 for age in self.units.age]
         leaking = pool.taught_before[self.y[pool.labelled & ~pool.labelled_before]].any()
-        before, monitor.settled = monitor.settled, not leaking
-        if monitor.settled and not before:
-            monitor.cooldown_left = 0
-            for unit in self.units.unnamed():
-                self.release(unit)
+        afresh, monitor.settled = not (leaking or monitor.settled), not leaking
+        provisional = [unit for unit in self.units.unnamed() if afresh and unit not in self.given]
+        for unit in provisional:
+            monitor.streak[concept == unit] = monitor.patience
+            self.release(unit)
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
-        group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
-        if group is not None:
-            members = watched[group]
-            surest = members[claims[group].argsort()[: (len(members) + 1) // 2]]  # that are claimed least
+        for again in range(1 + len(provisional)):
+            monitor.cooldown_left *= not afresh
+            monitor.streak[watched] -= min(again, 1)
+            group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
+            if group is None:
+                break
+            members = watched[group[claims[group].argsort()]]
+            surest = members[: (len(members) + 1) // 2]  # claimed least
             unit, _ = self.open_unit(pool, UNNAMED, surest)
-            concept[members] = unit
+            concept[members], claims[group] = unit, math.inf
             self.log_unit("opened", unit, surest)
         member = concept[watched] if monitor.settled else -1  # (W)
         votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
@@ -451,7 +454,7 @@ class HeadManager:
         return F.normalize(sums(h, member + 1, len(self.units.owner) + 1)[1:], dim=1)
 
     def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:
-        """Move the unclaimed of the watched images [W] to the nearest unnamed unit above cosine `reach`."""
+        """Move the unclaimed watched images [W] to the nearest unnamed unit above cosine `reach`."""
         concept, unknown = self.monitor.concept, watched[unclaimed]  # (N), (V)
         cosine, nearest = (h[unknown] @ self.centres(h, concept).T).max(1)  # (V, U) -> (V)
         concept.fill_(-1)
@@ -461,11 +464,11 @@ class HeadManager:
                 self.release(unit)
 
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
-        """Merge two unnamed units that hold one kind, and split one that holds two.
+        """Merge two unnamed units of one kind, and split one that holds two.
 
         Two are merged if their centres are nearer than the halves (by k-means) of the least compact known
-        class; one is split if its halves are farther apart than those, by the margin to the median class.
-        claimed: int64 [V], images that belong to known classes.
+        class; one is split if its halves are farther apart, by the margin to the median class.
+        claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
@@ -488,7 +491,7 @@ class HeadManager:
             cosine, second = two_means(h[index])  # bool (n)
             second = second if second.sum() <= len(index) / 2 else ~second
             if cosine < 2 * usual.min() - usual.median() and second.sum() >= 20:
-                self.units.age[unit] = 0  # not to be taken as its own half
+                self.units.age[unit] = 0  # not for its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
@@ -501,7 +504,7 @@ class HeadManager:
         self.log(event, unit, c, len(index), purity)
 
     def release(self, unit: int) -> None:
-        """Let a unit stand for nothing, and be used again unless a person has named it."""
+        """Let a unit stand for nothing, unless a person has named it."""
         if unit not in self.given:
             self.units.owner[unit] = FREE
             self.monitor.concept[self.monitor.concept == unit] = -1
@@ -518,7 +521,7 @@ class HeadManager:
         return unit, how
 
     def imprint_ema(self, pool, unit: int, index: Tensor) -> None:
-        """Imprint the EMA's unit apart from other classes; the lower bias would hold the network's back."""
+        """Imprint the EMA's unit apart from other classes; its lower bias would hold a learner back."""
         others = (pool.labelled_before & (self.y != self.units.owner[unit])).nonzero()[:, 0]
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.seed))[:1000]
         other_h = self.embed(self.ema, others[order.to(others.device)]) if len(others) else None  # (m, D)
@@ -528,7 +531,7 @@ class HeadManager:
     @torch.no_grad()
     @outside_autocast
     def name_class(self, pool, c: int, votes: Tensor, h: Tensor | None) -> None:
-        """Give class c, whose first labels have come, a unit; votes int64 [N]: from `discover`, changed.
+        """Give class c, whose first labels are here, a unit; votes int64 [N]: from `discover`, changed.
 
         The unnamed unit whose centre is nearest of all units' to more than half of its labelled images;
         else its own or a new one. h: as in `discover`, or None.
@@ -591,8 +594,7 @@ def smallest(sizes: list[Tensor], share: float) -> tuple[Tensor, ...]:
 def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude.
 
-    Returns masks {parameter name: bool, True = kept} for `apply_masks`. Zeros go first.
-    Raises ValueError outside 0..1.
+    Returns masks {parameter name: bool, True = kept} for `apply_masks`. ValueError outside 0..1.
     """
     weights = prunable(model)
     gone = smallest([w.abs().flatten() for w in weights.values()], sparsity)
@@ -602,7 +604,7 @@ def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and batch norms of a chain, in pairs, but the last. ValueError otherwise."""
+    """Names of a chain's convolutions and batch norms in pairs, but the last. ValueError without one."""
     chain = model.named_children() if isinstance(model, nn.Sequential) else ()
     layers = [(name, type(m)) for name, m in chain if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     if not layers or [kind for _, kind in layers] != [nn.Conv2d, nn.BatchNorm2d] * (len(layers) // 2):
@@ -615,8 +617,8 @@ def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
 def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of a chain's filters with the smallest norm, and their batch norm.
 
-    Those of the last layer do not count. Norms are relative to the mean of their layer, whose largest filter
-    stays. Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
+    Those of the last layer do not count. Norms are relative to their layer's mean; its largest filter stays.
+    Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
     norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]  # (filters) each
@@ -651,7 +653,7 @@ def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, T
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Zero the weights that the masks do not keep. Rows that a layer has grown since are kept.
+    """Zero the weights that the masks do not keep; rows grown since are kept.
 
     Raises ValueError, before anything is changed, for a mask that fits no parameter.
     """
@@ -665,6 +667,6 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 
 def sparsity_of(model: nn.Module) -> float:
-    """The fraction of the prunable weights that is exactly zero, 0..1."""
+    """The fraction of the prunable weights that is zero, 0..1."""
     weights = prunable(model).values()
     return sum(int((w == 0).sum()) for w in weights) / max(sum(w.numel() for w in weights), 1)

@@ -63,13 +63,13 @@ class State:
         self.masks = {}  # of the pruned weights: bool, True = kept
         self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at their first labels
         self.answering = None  # for `evaluate.answers`
-        self.before = None  # accuracy on the old classes before training, after --from
+        self.before = None  # after --from: accuracy on the old classes
 
         def embed(network, index: Tensor) -> Tensor:
             return evaluate.embed(network, x[index], bf16=self.bf16)
 
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
-        watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are looked for among these
+        watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are sought here
         self.head = grow_prune.HeadManager(networks, embed, y, watched, classes, owner, args.seed)
 
     def embed(self, x: Tensor, part: str = "h") -> Tensor:
@@ -120,7 +120,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
     if mix["propagation"]:
-        unknown = len(units.owner)  # one more "unit", for the images that no name or unit explains
+        unknown = len(units.owner)  # one more, for what no name or unit explains
         labels = votes[pool.labelled].bincount(minlength=unknown + 1)  # (U + 1)
         balance = labels + (labels > 0).float() if align else True  # few labels say little about a share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
@@ -193,7 +193,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     pools = data.pools(stages, y, leak, len(classes), args.known_classes, args.replay, taught)
     units = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
     state, fingerprint = State(args, dataset, len(units), earlier), data.fingerprint(dataset)
-    head, pool, h = state.head, pools[-1], None  # h: unit embeddings [N,D] of the images by the EMA
+    head, pool, h = state.head, pools[-1], None  # h: unit embeddings [N,D] by the EMA
     if saved:
         state.load_state_dict(saved)
     elif earlier:
@@ -215,7 +215,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
-        seed = (args.seed << 20) + epoch  # its own: a resumed run draws what an uninterrupted one would
+        seed = (args.seed << 20) + epoch  # a resumed run draws the same
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
@@ -233,7 +233,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         before = pool.taught_before
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
             head.name_class(pool, c, votes, h)
-            if c >= args.known_classes and before.any():  # seen at once?
+            if c >= args.known_classes and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
                 state.first_sight[classes[c]] = evaluate.fraction(right, dataset.test_y == c)
@@ -242,7 +242,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 2. Clusters and pseudo-labels.
         targets = make_targets(state, pool, mix, votes, h, args.replay is None, generator)
 
-        # 3. Training steps; on a GPU they are CUDA graphs, captured anew for new targets.
+        # 3. Training steps; on a GPU CUDA graphs, captured anew for new targets.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
         order = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
@@ -343,7 +343,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.gcd_accuracy(unit[hidden], y[hidden], new[hidden])
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
-    if told and len(named) > 1:  # half of the images fit the temperature, the others say its worth
+    if told and len(named) > 1:  # one half fits the temperature, the other tests it
         fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
@@ -448,7 +448,7 @@ def use_device(name: str) -> torch.device:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
-    with suppress(OSError, AttributeError):  # glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):  # glibc: M_MMAP_, M_TRIM_THRESHOLD
         for option in (-3, -1):
             ctypes.CDLL("libc.so.6").mallopt(option, 1 << 30)
     return torch.device(name)
@@ -517,36 +517,37 @@ def setup(args, argv: list[str]) -> tuple:
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
     defaults = curriculum.defaults(args.dataset)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    network = model.build(args.model, 1, image_size=args.image_size)  # refuses what cannot be had
+    network = model.build(args.model, 1, image_size=args.image_size)  # may refuse
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
     dataset = load(args).to(device)
     if saved and saved["fingerprint"] != data.fingerprint(dataset):
         raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run")
     if args.resume is None:
-        args.out = run_folder(args)
         about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
         with suppress(OSError):
             git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty"]
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        try:
-            data.write_json(f"{args.out}/args.json", vars(args) | about)
-        except OSError:
-            os.unlink(f"{args.out}/args.json")  # gives the folder back
-            raise
+        args.out = claim_folder(args, about)
     return args, dataset, saved, earlier
 
 
-def run_folder(args) -> str:
-    """Make --out, or a free folder in runs/, for this run alone."""
+def claim_folder(args, about: dict) -> str:
+    """Make --out, or a free folder in runs/, for this run alone, with its args.json."""
     stem = args.out or f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
     for n in [1] if args.out else itertools.count(1):
         folder = Path(stem + f"-{n}" * (n > 1))
-        with suppress(FileExistsError):
+        path, settings = folder / "args.json", vars(args) | about | {"out": str(folder)}
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
-                (folder / "args.json").touch(exist_ok=False)
+                with open(path, "xb") as file:  # fails for the second of two
+                    file.write(data.as_json(settings))
                 return str(folder)
+        except OSError as error:
+            if not isinstance(error, FileExistsError):  # a full disk
+                path.unlink(missing_ok=True)
+                raise
     raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
 
@@ -556,8 +557,8 @@ def several(args, argv: list[str]) -> int:
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        own = dict(seed=args.seed + i, class_order=args.class_order + i, seeds=1, out=folder, resume=None)
-        command, own = argv, own | {"curriculum": name}
+        own = dict(seed=args.seed + i, class_order=args.class_order + i, curriculum=name, out=folder)
+        command, own = argv, own | {"seeds": 1, "resume": None}
         if args.resume is not None and Path(folder, "args.json").exists():
             command, own = ["--resume", folder, "--device", args.device, "--data-dir", args.data_dir], {}
         if status := main(command, **own):
