@@ -238,10 +238,10 @@ class ConfusionMonitor:
 
     n: number of images; at_least: share of the images looked at per named class that makes a kind (20 or
     more); patience: looks in a row in which an image is unclaimed; cooldown: looks without another find;
-    chance: largest probability that labels avoid a named kind so well, four times that until `settled`
+    chance: largest probability that labels avoid a named kind so well, 20 times that until `settled`
     """
 
-    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.005, device="cpu"):
+    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.001, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
         self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
@@ -264,7 +264,7 @@ class ConfusionMonitor:
             return None
         # Two of a class are expected to have the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
-        reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 4)
+        reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)  # (C, D)
 
         def around(x: Tensor, centre: Tensor) -> Tensor:

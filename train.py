@@ -1,7 +1,7 @@
 """Train an image encoder by gradual supervision: `python train.py --curriculum gradual`.
 
-Read `train`, the loop: in each epoch classes arrive and get names, targets are made for all images, steps are
-taken on them, and what was learned is pruned, evaluated, logged and saved.
+Read `train`, the loop: in each epoch classes arrive and get names, all images get targets, steps are taken,
+and what was learned is pruned, evaluated, logged and saved.
 """
 
 import os
@@ -48,7 +48,7 @@ class State:
     """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network of so many units, or an earlier run's, and all that trains it."""
+        """A new network with `units` units, or an earlier run's, and all that trains it."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         options = dict(mean=dataset.mean, std=dataset.std, image_size=args.image_size)
@@ -60,8 +60,8 @@ class State:
         self.ema = copy.deepcopy(self.network)  # mean teacher: it votes, answers and is evaluated
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        self.masks = {}  # of the pruned weights: bool, True = kept
-        self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at their first labels
+        self.masks = {}  # of weights: bool, True = kept
+        self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at first sight
         self.answering = None  # for `evaluate.answers`
         self.before = None  # after --from: accuracy on the old classes
 
@@ -100,19 +100,19 @@ class Targets:
     """What the N images teach in one epoch; the head has U units."""
 
     mix: dict[str, float]  # weight of each loss term
-    active: Tensor  # bool [N], images in the pool
+    active: Tensor  # bool [N], in the pool
     in_use: Tensor  # bool [U], units in the softmax
     label: Tensor  # int64 [N], unit of the label, or -1
     pseudo: Tensor  # int64 [N], unit of the pseudo-label, or -1
     confidence: Tensor  # float32 [N], of the pseudo-labels
-    clusters: Tensor | None  # int64 [3,N], k-means clusters of the memory bank
+    clusters: Tensor | None  # int64 [3,N], k-means of the memory bank
 
 
 def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
     """Cluster the memory bank, and let the images that vote for a unit decide about all others.
 
-    votes: int64 [N], a unit, UNKNOWN or -1; h: unit embeddings [N,D] by the EMA, or None; align: scale the
-    votes to the classes' shares of the labels.
+    votes: int64 [N], a unit, UNKNOWN or -1; h: the EMA's embeddings [N,D] of length 1, or None; align:
+    scale the votes to the classes' shares of the labels.
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
@@ -121,8 +121,8 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
     if mix["propagation"]:
         unknown = len(units.owner)  # one more, for what no name or unit explains
-        labels = votes[pool.labelled].bincount(minlength=unknown + 1)  # (U + 1)
-        balance = labels + (labels > 0).float() if align else True  # few labels say little about a share
+        count = votes[pool.labelled].bincount(minlength=unknown + 1)  # (U + 1)
+        balance = count + (count > 0).float() if align else True  # 1 more: few tell no share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         options = dict(k=50, temperature=0.1, balance=balance)
@@ -147,7 +147,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
     z1, z2 = z.chunk(2)  # (B, 128) each
-    index2, terms, near = index.repeat(2), {}, None  # (2B)
+    index2, terms = index.repeat(2), {}  # (2B)
 
     if mix["aggregation"] or mix["propagation"]:
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
@@ -160,8 +160,8 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     if mix["propagation"]:
         group, onehot = targets.pseudo[None], losses.one_hot(targets.pseudo[index2], len(in_use))  # (2B, U)
         together = losses.local_aggregation(z, index2, bank, group, near, reduction="none")  # (2B)
-        named = losses.supervised(logits, onehot, in_use, reduction="none")  # (2B)
-        terms["propagation"] = losses.propagation(together, named, targets.confidence[index2])
+        alone = losses.supervised(logits, onehot, in_use, reduction="none")  # (2B)
+        terms["propagation"] = losses.propagation(together, alone, targets.confidence[index2])
     if mix["supervised"]:
         onehot = losses.one_hot(targets.label[index2], len(in_use))  # (2B, U)
         terms["supervised"] = losses.supervised(logits, onehot, in_use)
@@ -169,7 +169,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     state.optimizer.zero_grad()
     sum(mix[term] * loss for term, loss in terms.items()).backward()
     state.optimizer.step()
-    grow_prune.apply_masks(state.network.encoder, state.masks)  # momentum would revive pruned weights
+    grow_prune.apply_masks(state.network.encoder, state.masks)  # momentum revives pruned weights
     model.update_ema(state.ema, state.network, decay)
     bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
@@ -186,14 +186,14 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
     options = (args.epochs, len(classes), args.known_classes, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
-    least, most = int(y.min()) + 1, len(classes) - args.never_named  # the first classes may have no images
+    least, most = int(y.min()) + 1, len(classes) - args.never_named  # --from: the first may have no images
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
     pools = data.pools(stages, y, leak, len(classes), args.known_classes, args.replay, taught)
-    units = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
-    state, fingerprint = State(args, dataset, len(units), earlier), data.fingerprint(dataset)
-    head, pool, h = state.head, pools[-1], None  # h: unit embeddings [N,D] by the EMA
+    names = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
+    state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
+    head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D] of length 1
     if saved:
         state.load_state_dict(saved)
     elif earlier:
@@ -226,13 +226,13 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         unseen = pool.active & ~state.bank.rows.any(dim=1)
         if (mix["aggregation"] or mix["propagation"]) and unseen.any():
             state.bank.update(unseen.nonzero()[:, 0], state.embed(x[unseen], "z"))
-        votes = torch.full_like(y, -1)
+        votes = torch.full_like(y, -1)  # (N): unit, UNKNOWN or -1
         if mix["propagation"]:
             h = F.normalize(state.embed(x), dim=1) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
-        before = pool.taught_before
+        before = pool.taught_before  # of --from at first
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
-            head.name_class(pool, c, votes, h)
+            head.name_class(pool, c, votes, h)  # may change votes
             if c >= args.known_classes and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
@@ -245,8 +245,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 3. Training steps; on a GPU CUDA graphs, captured anew for new targets.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
-        order = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
-        batches = tqdm(data.batches(*order), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
+        drawn = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
+        batches = tqdm(data.batches(*drawn), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
         one = partial(train_step, state, dataset, targets, 1 - 1 / steps, generator)
         functions = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
         if device.type == "cuda":
@@ -255,16 +255,16 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             progress = (epoch + step / steps) / args.epochs
             model.set_learning_rate(state.optimizer, curriculum.learning_rate(progress, args.lr))
             record[step] = functions[step % len(functions)](index)
-        functions = None  # frees their memory
+        functions = None  # frees memory
         stop_if_not_finite(record, state.network, epoch)
 
         # 4. Prune, evaluate, log, checkpoint.
         if stage.sparsity or args.prune_units:
-            filters = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
-            state.masks = grow_prune.prune(state.network.encoder, stage.sparsity, filters, state.masks)
+            share = curriculum.cubic_sparsity(epoch / max(args.epochs - 1, 1), args.prune_units)
+            state.masks = grow_prune.prune(state.network.encoder, stage.sparsity, share, state.masks)
         grow_prune.apply_masks(state.ema.encoder, state.masks)
         model.recompute_batchnorm(state.ema, x[data.sample(pool.active, 2048, seed)], state.bf16)
-        h = F.normalize(state.embed(x), dim=1) if mix["propagation"] else None
+        h = F.normalize(state.embed(x), dim=1) if mix["propagation"] else None  # the next epoch's, too
         speed = steps * args.batch_size / (time.perf_counter() - start)
 
         row = evaluate_epoch(args, state, dataset, stage, pool, targets, h)
@@ -280,7 +280,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, by some of the test images, in the last epoch all. h: see `train`."""
+    """A row of log.csv, from a sample of the test images, in the last epoch all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
@@ -314,7 +314,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
 
 
 def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
-    """FloatingPointError names the first loss (record: [steps,4]) or weight that is not finite."""
+    """Raise FloatingPointError for the first loss (record: [steps,4]) or weight not finite."""
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
     if bad:
@@ -332,7 +332,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
-        "opened": sum(event["event"] == "opened" for event in head.events),
+        **{kind: [event["event"] for event in head.events].count(kind) for kind in ("opened", "named")},
         "labels_used": int(torch.stack([pool.labelled for pool in pools]).any(0).sum()),
     }
     here, named, unnamed = pool.active & true, taught[test_y].nonzero()[:, 0], head.units.unnamed()
@@ -343,13 +343,13 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.gcd_accuracy(unit[hidden], y[hidden], new[hidden])
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
-    if told and len(named) > 1:  # one half fits the temperature, the other tests it
+    if told and len(named) > 1:  # one half fits it, the other tests it
         fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
             summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == target[held])
-    save()
+    save()  # the temperature
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
 
@@ -389,21 +389,21 @@ FLAGS = """
 --image-size 8..224: a multiple of 8; 32
 --per-class 1..: training images of a class; all
 --inject text: late classes: cifar100:wolf,tank
---from path: run whose network, head, names to start from
+--from path: earlier run to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
 --epochs 1..: of as many images as there are
 --min-steps 1..: least steps in an epoch
 --batch-size 2..: images per step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
---prune-units 0.0..1.0=0: share of a VGG's filters, too
+--prune-units 0.0..1.0=0: share of a VGG's filters
 --seed 0..=0: of all but the class order
 --seeds 1..=1: runs, from --seed, --class-order on
 --device text=auto: cpu, cuda, cuda:1
 --embedding text=tsne: of embedding.png
 --out path: run folder; one in runs/
 --resume path: run to go on with, or that in --out
-"""  # name, range or type = default, help
+"""  # name, range or type = default, help; 0..=0: from 0 on, by default 0
 
 
 def within(bounds: str):
@@ -421,7 +421,7 @@ def within(bounds: str):
 
 
 def make_parser() -> ArgumentParser:
-    """The command line of FLAGS."""
+    """The command line."""
 
     def error(message: str):
         raise ValueError(message.removeprefix("argument "))
@@ -440,10 +440,10 @@ def make_parser() -> ArgumentParser:
 
 
 def use_device(name: str) -> torch.device:
-    """The device called `name`, if it works; TF32 on a GPU, no denormals, a malloc that keeps freed pages."""
+    """The device `name`, if it works; TF32, no denormals, a malloc that keeps freed pages."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name).item()  # some devices only pretend
+        torch.zeros(1, device=name).item()  # some only pretend
     except Exception as error:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
     torch.set_float32_matmul_precision("high")
@@ -455,7 +455,7 @@ def use_device(name: str) -> torch.device:
 
 
 def load(args) -> data.Dataset:
-    """The data, its classes in order of arrival, those of --from first; fills in what it decides."""
+    """The data, its classes in order of arrival, those of --from first; sets what was not given."""
     dataset, taught = data.load_dataset(args.dataset, args.data_dir, image_size=args.image_size), args.taught
     own = dataset.classes
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
@@ -552,7 +552,7 @@ def claim_folder(args, about: dict) -> str:
 
 
 def several(args, argv: list[str]) -> int:
-    """All curricula, or all seeds, and their comparison. The exit status."""
+    """All curricula or seeds, compared. The exit status."""
     names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     for i, name in itertools.product(range(args.seeds), names):
@@ -568,7 +568,7 @@ def several(args, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None, **changes) -> int:
-    """Train. The exit status: 0, 2 after an error, 130 when stopped."""
+    """Train. Exit status: 0, 2 after an error, 130 when stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", dict)(errors="replace")
