@@ -522,11 +522,14 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def write_atomically(path, content, mark: str = "") -> None:
-    """Write bytes, or what a function writes to a file; a kill or a full disk leaves the old one."""
+    """Write bytes, or what a function writes to a file; a kill or full disk leaves the old one."""
     part = Path(f"{path}{mark}.part")
+    if callable(content):  # torch.save hides full disks
+        content(buffer := io.BytesIO())
+        content = buffer.getbuffer()
     try:
         with open(part, "wb") as file:
-            content(file) if callable(content) else file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -563,7 +564,7 @@ def test_digits_held_out_chosen_and_reordered():
     assert d.train_x.shape == (1347, 3, 32, 32) and d.train_x.dtype == torch.uint8
     assert d.train_y.dtype == torch.int64 and len(d.test_y) == 450 and d.classes == list("0123456789")
     assert not d.flip and not d.color
-    n = arange(1347)  # in place of the images
+    n = arange(1347)
     d = replace(d, train_x=n, train_y=d.train_y.masked_fill(n % 9 == 0, -1))
     h = data.hold_out(d)
     assert sorted([*h.train_x, *h.test_x]) == n.tolist()
@@ -805,6 +806,11 @@ def test_checkpoints_are_read_or_refused(tmp_path):
     rejects("has version 3, this program writes 4", read, file, 4)
     data.write_atomically(file, b"torn")
     rejects("a.pt is damaged", read, file, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (99_999, limits[1]))
+    with pytest.raises(OSError, match="too large"):
+        data.write_atomically(file, partial(torch.save, zeros(99_999)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # ---- the head: growing, naming, discovery; pruning ----
@@ -1153,7 +1159,6 @@ def test_units_merge_and_split_but_names_survive():
         assert ((best == tensor(found[1:])).float().mean(1) > 0.9).all()
         manager.release(5)
         assert (manager.monitor.concept == 5).any() == (5 in told)
-    # Labels claim the images of a name.
     pool.labelled = pool.labelled_before = pool.labelled | (y == 4) & (pool.place % 8 == 0)
     manager.discover(pool, h)
     again = nameless(7, units=7)[0]
@@ -1162,7 +1167,7 @@ def test_units_merge_and_split_but_names_survive():
     manager.monitor.concept.fill_(-1)
     assert again.names(pool.taught) == [*"abcd", "wolf", None, "pack"]
     assert again.units.owner[4::2] == [UNNAMED] * 2 and again.units.redundant() is None
-    assert again.events == manager.events[:-1] and (again.monitor.concept == 6).any()  # its own copies
+    assert again.events == manager.events[:-1] and (again.monitor.concept == 6).any()
 
 
 @cases("units", [4, 5])  # is there one for the class from the start?
@@ -1362,7 +1367,6 @@ def test_files_are_answered_on_a_poor_terminal(answering, tmp_path, monkeypatch)
     Path("pictures/torn.png").write_bytes(b"torn")
     paths = ["pictures", "pictures/a, b/猫_0.png", "none.png", "--out", "猫.csv"]
     command = [sys.executable, HERE / "evaluate.py", answering[0].parent, "--predict", *paths]
-    # No Chinese, and no such backend.
     poor = os.environ | {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://missing.backend"}
     done = subprocess.run(command, capture_output=True, env=poor)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
@@ -1393,7 +1397,7 @@ def test_a_person_names_what_was_found(answering, tmp_path, capsys):
         network = model.load(path)
         assert network.names == ["red", "green", name, None]
         said = ev.answers(network, answering[1])["answer"]
-        assert said[24:] == [name] * 12  # though none claims them
+        assert said[24:] == [name] * 12
     saved = torch.load(path, weights_only=True)
     assert saved["given"] == {2: "red"} and saved["units"]["owner"] == [0, 1, -1, -2]
 
@@ -1411,7 +1415,7 @@ def test_mistakes_and_concepts_are_sorted():
     unit = tensor([0, 0, 0, 2, 2, 2, -1, -1])
     rows = ev.concept_rows(x, h, unit, unit < 0, ["cat", None, None])
     labels = ["unit 2\n3 images", "unknown\n2 images", "cat (unit 0)\n3 images"]
-    assert [label for label, _ in rows] == labels and rows[0][1][0] == 4  # the one in the middle
+    assert [label for label, _ in rows] == labels and rows[0][1][0] == 4
 
 
 @cases("n", [2, 10, 100])
@@ -1607,7 +1611,7 @@ def test_one_image_strict_replay_and_another_seed(runs):
     assert all(a != b for a, b in rows)
 
 
-# Stopped in which epoch, by what (None: a loss), with which exit status and words.
+# Stopped in which epoch, by what (None: a loss), exit status, words.
 STOPS = (
     (2, None, 2, "loss 'ntxent' of step 2 in epoch 2 is not finite; the checkpoint of epoch 1 is kept"),
     (3, KeyboardInterrupt(), 130, "stopped; go on with: python train.py --resume"),
@@ -1727,7 +1731,7 @@ def test_what_cannot_be_resumed_is_refused(runs, capsys, tmp_path):
         assert contents(out) == before
 
 
-def test_several_runs_go_on_and_are_compared(capsys, tmp_path):
+def test_several_runs_go_on(capsys, tmp_path):
     flags = f"{TINY} --curriculum labels-only --seeds 2 --seed 3 --epochs 2"
     assert start(tmp_path, flags) == 0 and "labels-only     2" in capsys.readouterr().out
     before, second = contents(tmp_path), tmp_path / "labels-only-s4"
@@ -1783,7 +1787,7 @@ def test_class_flags_combine_and_data_may_move(tmp_path, capsys):
     assert start(tmp_path / "held", f"{flags} {SMALL}") == 0
 
 
-# A curriculum, and the classes of the new folder; ant, bee and cat are known before.
+# A curriculum, and the classes of the new folder.
 NEXT = "self bee elk,gradual ant bee cat dog,semi bee elk,gradual bee elk,gradual ant cat,gradual dog elk"
 
 
