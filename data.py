@@ -524,19 +524,17 @@ def fingerprint(dataset: Dataset) -> dict:
 def write_atomically(path, content, mark: str = "") -> None:
     """Write bytes, or what a function writes to a file; a kill or full disk leaves the old one."""
     part = Path(f"{path}{mark}.part")
-    if callable(content):  # torch.save hides full disks
-        content(buffer := io.BytesIO())
-        content = buffer.getbuffer()
     try:
         with open(part, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except RuntimeError as error:  # torch.save hides a full disk
+        raise (error.__context__ or error) from None
+    finally:
         with suppress(OSError):
             part.unlink()
-        raise
 
 
 def as_json(value: dict) -> bytes:

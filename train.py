@@ -533,21 +533,22 @@ def setup(args, argv: list[str]) -> tuple:
 
 
 def claim_folder(args, about: dict) -> str:
-    """Make --out, or a free folder in runs/, for this run alone, with its args.json."""
+    """Make --out, or a free folder in runs/, for this run, with its args.json."""
     stem = args.out or f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
     for n in [1] if args.out else itertools.count(1):
         folder = Path(stem + f"-{n}" * (n > 1))
-        path, settings = folder / "args.json", vars(args) | about | {"out": str(folder)}
-        try:
+        settings = data.as_json(vars(args) | about | {"out": str(folder)})
+        with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
-                with open(path, "xb") as file:  # fails for the second of two
-                    file.write(data.as_json(settings))
+                with open(folder / "args.json", "xb") as file:  # by one run
+                    try:
+                        file.write(settings)
+                        file.flush()
+                    except OSError:
+                        os.unlink(file.name)
+                        raise
                 return str(folder)
-        except OSError as error:
-            if not isinstance(error, FileExistsError):  # a full disk
-                path.unlink(missing_ok=True)
-                raise
     raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
 
