@@ -1,9 +1,9 @@
 """A head that discovers, names, remembers and recycles its units, in a network that is pruned while it grows.
 
-    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # are there labels around an image?
+    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels around an image?
     group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # unclaimed and alike: a kind
-    unit, how = units.allocate(head, optimizer, UNNAMED)    # a unit for it, in place: recycled or new
-    imprint(head, unit, h, others)    # it points at what sets it apart from the others
+    unit, how = units.allocate(head, optimizer, UNNAMED)    # for it: recycled or new
+    imprint(head, unit, h, others)    # apart from the others
     masks = prune_smallest(encoder, 0.8)    # and apply_masks(encoder, masks) after every step
 
 Sources: Qi, Brown & Lowe 2018, imprinting (arXiv 1712.07136); Fisher 1936, the discriminant; Zhu & Gupta 2017
@@ -435,8 +435,9 @@ class HeadManager:
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
         for again in range(1 + len(provisional)):
-            monitor.cooldown_left *= not afresh
-            monitor.streak[watched] -= min(again, 1)
+            if afresh:  # several in one look
+                monitor.cooldown_left = 0
+                monitor.streak[watched] -= min(again, 1)
             group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
             if group is None:
                 break
