@@ -418,7 +418,7 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 
 
 def describe(summary: dict, images: int, known: int) -> str:
-    """The figures of one run as aligned text; of the open world if there are any."""
+    """The figures of one run as text; of the open world if there are any."""
     keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
     lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
@@ -426,7 +426,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- drawn: a run ----
 
-# Okabe & Ito's and four of Tol's colours, for colour-blind people.
+# Okabe & Ito's and Tol's colours, for colour-blind people.
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -517,7 +517,7 @@ def draw_curves(rows, classes, path):
 
 
 def draw_life(rows, events, classes, path):
-    """Which unit stands for what in each epoch, hatched: no name; of many units those that change."""
+    """Which unit stands for what in each epoch, hatched: nameless; of many those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
     told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
@@ -536,6 +536,7 @@ def draw_life(rows, events, classes, path):
                 else:
                     look = dict(color=style(classes.index(name))["color"])
                 ax.barh(line, length, left=event["epoch"] - 0.5, height=0.7, **look)
+                text *= len(text) < 95 * length / end
                 ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
         arrivals = [event for event in events if event["event"] == "arrived"]
         for event in arrivals:
@@ -749,7 +750,7 @@ def comparison_table(result):
 
 
 def draw_comparison(result, path):
-    """Test accuracies as bars, with their standard deviation."""
+    """Test accuracies as bars, mean and std."""
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
@@ -803,7 +804,7 @@ def predict(source, paths, table):
 
 
 def draw_predictions(path, files, rows, size):
-    """A contact sheet of the surest and least sure answers and what is unknown."""
+    """A contact sheet of the surest, least sure, unknown answers."""
     from train import data
 
     good = sorted((i for i, row in enumerate(rows) if not row["error"]), key=lambda i: -rows[i]["confidence"])
