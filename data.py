@@ -1,17 +1,14 @@
 """Images and labels in memory: what is there, what is active, what is labelled.
 
 Images are a uint8 tensor [N,3,S,S], labels an int64 tensor [N] (-1: none).
-Labels leak out class by class in a fixed random order.
-
-    dataset = load_dataset("digits")
-    order = leak_order(dataset.train_y, seed=0)
-    labelled = label_mask(order, dataset.train_y, fraction=0.1, classes=[3, 1, 4])
+Labels leak out class by class in a fixed random order (`leak_order`, `label_mask`).
 """
 
 import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -31,8 +28,8 @@ import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 ARCHIVES = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+DATASETS = ("digits", *ARCHIVES)
 TEST = ("test", "val", "valid", "validation")
 UNLABELLED = ("unlabelled", "unlabeled")
 LAYOUT = "a folder data set is PATH/train/<class>/*, optionally PATH/unlabelled/* and PATH/test/<class>/*"
@@ -57,8 +54,7 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
-        return replace(self, **moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 # ---- loading ----
@@ -85,8 +81,8 @@ def load_dataset(name: str, root="data", download: bool = True, image_size: int 
             f"unknown dataset '{name}'{suggest(name, known)}; use {', '.join(DATASETS)} or folder:PATH"
         )
     glyphs = name in ("digits", "mnist")
-    kind = {"flip": not glyphs, "color": not glyphs, "scale": (0.5, 1.0) if glyphs else (0.2, 1.0)}
-    return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), **kind, notes=notes)
+    kind = (not glyphs, not glyphs, (0.5 if glyphs else 0.2, 1.0), notes)
+    return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), *kind)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -113,6 +109,16 @@ def wrong(text: str) -> ValueError:
 def some(names: Sequence[str], most: int = 10) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def check_room(count: int, size: int, room: float = math.inf) -> None:
+    """ValueError, with a size that fits, if images [count,3,size,size] exceed `room` bytes or half of RAM."""
+    with suppress(AttributeError):  # not on Windows
+        room = min(room, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)
+    if 3 * count * size**2 > room:
+        fits = math.isqrt(int(room / 3 / count)) // 8 * 8
+        there = f"exceed the {room / 1e9:,.1f} GB of memory for them"
+        raise ValueError(f"{count:,} images of {size}x{size} {there}; use fewer, or --image-size {fits}")
 
 
 def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
@@ -145,14 +151,13 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
         parts = [make(root, train=train, download=download) for train in (True, False)]
     except Exception as error:
         state = "is not there" if archive in absent else "is incomplete or altered"
-        cause = reason(error) if download else "no download was asked for"
-        raise wrong(
-            f"{name}: {archive} {state} and could not be downloaded ({cause}); put the original files there"
-        ) from None
+        cause = f"could not be downloaded ({reason(error) if download else 'not asked for'})"
+        raise wrong(f"{name}: {archive} {state} and {cause}; put the original files there") from None
     finally:
         for folder in absent:  # left by a failure
             with suppress(OSError):
                 folder.rmdir()
+    check_room(sum(map(len, parts)), size)
     splits = []
     for part in parts:
         x = torch.as_tensor(part.data)
@@ -173,10 +178,10 @@ def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str
 
     unlabelled/ is optional and may be nested. test/ may be called val/, valid/ or validation/; without it a
     tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
-    An image in train and test stays in both. PATH/.cache-SIZE.pt keeps the result until a file changes.
+    PATH/.cache-SIZE.pt keeps the result until a file changes.
 
-    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes on all this. Raises ValueError,
-    in one line, for another layout or a class without a readable image.
+    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes on all this. ValueError for
+    another layout or a class without a readable image.
     """
     path = os.path.normpath(os.path.expanduser(path))
     files, classes, told = list_folder(path)
@@ -184,7 +189,7 @@ def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str
     stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
     facts = ascii((size, list(files), list(told.items()), stamps)).encode()
     signature, cache = hashlib.sha256(facts).hexdigest(), f"{path}/.cache-{size}.pt"
-    with suppress(Exception):  # a missing or damaged cache is made again
+    with suppress(Exception):  # a missing or damaged cache is remade
         kept = torch.load(cache, weights_only=True)
         if kept["signature"] == signature:
             return kept["splits"], classes, kept["notes"]
@@ -216,9 +221,8 @@ def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str
         if count:
             notes.append(f"{part}: {count.total()} images" + f" ({each})" * bool(each))
     tested = {image.numpy().tobytes() for image in x[test]}
-    for file, image, own in zip(good, x, ~test, strict=True):
-        if own and image.numpy().tobytes() in tested:
-            told["in train and in test, used in both"].append(file)
+    both = [own and image.numpy().tobytes() in tested for image, own in zip(x, ~test, strict=True)]
+    told["in train and in test, used in both"] = [*itertools.compress(good, both)]
     notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
@@ -295,11 +299,12 @@ def read_images(files: Sequence, size: int, progress: str | None = None) -> tupl
     """
     from tqdm import tqdm
 
+    check_room(len(files), size)
     x = torch.zeros(len(files), 3, size, size, dtype=torch.uint8)
     pixels, errors, shapes = x.numpy(), [None] * len(files), [(size, size)] * len(files)
 
     def read(start: int) -> None:
-        for i in range(start, min(start + 16, len(files))):
+        for i in range(len(files))[start : start + 16]:
             try:
                 image = read_image(files[i])
                 shapes[i] = image.size
@@ -377,7 +382,7 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
 def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]", for instance "cifar100:wolf,tank".
 
-    Unlabelled images stay out. Raises ValueError if something is not there.
+    Unlabelled images stay out. ValueError if something is not there.
     """
     source, _, text = spec.rpartition(":")
     if not text or source in ("", "folder"):
@@ -387,33 +392,26 @@ def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     for name in names:
         if name not in other.classes:
             raise wrong(f"--inject: no class '{name}' in {source}{suggest(name, other.classes)}")
-        if name in dataset.classes:
+        if name in dataset.classes or names.count(name) > 1:
             raise wrong(f"--inject: a class '{name}' is there already")
-        label, new = other.classes.index(name), len(dataset.classes)
-        train, test = other.train_y == label, other.test_y == label
-        dataset = replace(
-            dataset,
-            train_x=torch.cat([dataset.train_x, other.train_x[train]]),
-            train_y=torch.cat([dataset.train_y, torch.full_like(other.train_y[train], new)]),
-            test_x=torch.cat([dataset.test_x, other.test_x[test]]),
-            test_y=torch.cat([dataset.test_y, torch.full_like(other.test_y[test], new)]),
-            classes=[*dataset.classes, name],
-        )
-    return replace(dataset, notes=dataset.notes + [f"{source}: {note}" for note in other.notes])
+    told = [f"{source}: {note}" for note in other.notes]
+    rank = torch.full((len(other.classes) + 1,), -1)  # of the other's classes, and of no label
+    rank[[other.classes.index(name) for name in names]] = torch.arange(len(names)) + len(dataset.classes)
+    parts = {"classes": dataset.classes + names, "notes": dataset.notes + told}
+    for x, y in ("train_x", "train_y"), ("test_x", "test_y"):
+        label = rank[getattr(other, y)]
+        parts[x] = torch.cat([getattr(dataset, x), getattr(other, x)[label >= 0]])
+        parts[y] = torch.cat([getattr(dataset, y), label[label >= 0]])
+    return replace(dataset, **parts)
 
 
-def class_order(num_classes: int, seed: int, late: int = 0) -> list[int]:
-    """The order in which classes appear: a seeded permutation; the last `late` ones keep their place."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randperm(num_classes - late, generator=generator).tolist()
-    return first + list(range(num_classes - late, num_classes))
+def class_order(num_classes: int, seed: int) -> list[int]:
+    """The order in which classes appear: a seeded permutation."""
+    return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def leak_order(labels: Tensor, seed: int) -> Tensor:
-    """Each image's place in the random order in which labels of its class become known: int64 [N].
-
-    An image without a label (-1) has the place N.
-    """
+    """Each image's place in the random order in which its class's labels leak: int64 [N]; N for label -1."""
     y = labels.cpu() + 1
     key = torch.rand(len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     index = key.argsort()
@@ -492,14 +490,10 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
     `labelled_share` of each batch is drawn from the `labelled` images, if any, the rest from all active ones.
     generator: on the CPU.
     """
-    known = (active & labelled).nonzero()[:, 0].cpu()
-    size_known = max(1, round(size * labelled_share)) if len(known) and labelled_share else 0
-    parts = []
-    if size_known:
-        parts.append(draw(known, size_known * steps, generator).view(steps, size_known))
-    if size_known < size:
-        pool = active.nonzero()[:, 0].cpu()
-        parts.append(draw(pool, (size - size_known) * steps, generator).view(steps, size - size_known))
+    known, pool = ((active & mask).nonzero()[:, 0].cpu() for mask in (labelled, active))
+    first = max(1, round(size * labelled_share)) if len(known) and labelled_share else 0
+    drawn = [(known, first), (pool, size - first)]
+    parts = [draw(index, n * steps, generator).view(steps, n) for index, n in drawn if n]
     yield from torch.cat(parts, 1).to(active.device)
 
 

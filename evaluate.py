@@ -516,15 +516,16 @@ def draw_curves(rows, classes, path):
         axes[2].locator_params("x", integer=True)
 
 
-def draw_life(rows, events, classes, path):
-    """Which unit stands for what in each epoch, hatched: nameless; of many those that change."""
+def draw_life(rows, events, classes, path, owner):
+    """Which unit stands for what in each epoch, hatched: nameless; of many, those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
     told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
     with figure(path, 9, 1.6 + 0.27 * len(told)) as (_, ax):
         for line, unit in enumerate(told):
-            life = [{"epoch": first, "event": "", "class": name} for name in classes[unit:units][:1]]
-            life += [event for event in events if event["unit"] == unit]
+            life = [event for event in events if event["unit"] == unit]
+            if not life and owner[unit] >= 0:
+                life = [{"epoch": first, "event": "", "class": classes[owner[unit]]}]
             for event, after in pairwise([*life, {"epoch": end}]):
                 length, name = after["epoch"] - event["epoch"], event["class"]
                 if not length or event["event"] in ("released", "merged"):
@@ -875,7 +876,7 @@ def main(argv=None):
     add("--name", action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf")
     add("--compact", metavar="FILE", help="write the network without its dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a class name shows "?"
+    for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))

@@ -51,8 +51,7 @@ class State:
         """A new network with `units` units, or an earlier run's, and all that trains it."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
-        options = dict(mean=dataset.mean, std=dataset.std, image_size=args.image_size)
-        self.network = model.build(args.model, units, **options)
+        self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
         if earlier:
             self.network.load_state_dict(earlier.state_dict())
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
@@ -64,13 +63,11 @@ class State:
         self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at first sight
         self.answering = None  # for `evaluate.answers`
         self.before = None  # after --from: accuracy on the old classes
-
-        def embed(network, index: Tensor) -> Tensor:
-            return evaluate.embed(network, x[index], bf16=self.bf16)
-
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
         watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are sought here
-        self.head = grow_prune.HeadManager(networks, embed, y, watched, classes, owner, args.seed)
+        parts = y, watched, classes, owner, args.seed
+        embed = partial(evaluate.embed, bf16=self.bf16)
+        self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
 
     def embed(self, x: Tensor, part: str = "h") -> Tensor:
         """What the EMA makes of images x [N,3,H,W]."""
@@ -82,14 +79,12 @@ class State:
         return saved | saved.pop("head") | {"bank": self.bank.rows}
 
     def load_state_dict(self, saved: dict) -> None:
-        """The reverse, on this run's device."""
-        lr = saved["optimizer"]["param_groups"][0]["lr"]
+        """The reverse."""
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         for name in ("rows", "first_sight", "answering", "before"):
             setattr(self, name, saved[name])
-        model.set_learning_rate(self.optimizer, float(lr))
         self.head.load_state_dict(saved)
         device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
         self.masks = {name: mask.to(device) for name, mask in saved["masks"].items()}
@@ -194,11 +189,14 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     names = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D] of length 1
+
+    def right(among: Tensor) -> Tensor:
+        return head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
+
     if saved:
         state.load_state_dict(saved)
     elif earlier:
-        right = head.predict(state.embed(dataset.test_x), taught)[1] == dataset.test_y
-        state.before = evaluate.fraction(right, taught[dataset.test_y])
+        state.before = evaluate.fraction(right(taught), taught[dataset.test_y])
 
     def save() -> None:
         about = {"version": VERSION, "args": vars(args), "fingerprint": fingerprint}
@@ -209,7 +207,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; writing to {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
-        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images",
+        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images"
+        + ", all there are" * (args.batch_size >= len(y)),
     ]
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
@@ -235,8 +234,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             head.name_class(pool, c, votes, h)  # may change votes
             if c >= args.known_classes and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
-                right = head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
-                state.first_sight[classes[c]] = evaluate.fraction(right, dataset.test_y == c)
+                state.first_sight[classes[c]] = evaluate.fraction(right(among), dataset.test_y == c)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
 
         # 2. Clusters and pseudo-labels.
@@ -268,11 +266,11 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         speed = steps * args.batch_size / (time.perf_counter() - start)
 
         row = evaluate_epoch(args, state, dataset, stage, pool, targets, h)
-        means = zip(TERMS, record.mean(0).tolist(), strict=True)
-        row |= {f"loss_{term}": loss if mix[term] else None for term, loss in means}
+        loss = record.mean(0).tolist()
+        row |= {f"loss_{term}": loss[i] if mix[term] else None for i, term in enumerate(TERMS)}
         state.rows += [row | {"images_per_second": speed, "seconds": time.perf_counter() - start}]
-        evaluate.say_once(data.write_table(f"{args.out}/log.csv", state.rows))
-        evaluate.say_once(data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT))
+        for name, *table in ("log", state.rows), ("events", head.events, grow_prune.EVENT):
+            evaluate.say_once(data.write_table(f"{args.out}/{name}.csv", *table))
         save()
         happened = [event for event in head.events if event["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
@@ -285,7 +283,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
     row |= {"labelled": labels / len(y), "units": len(units.owner), "unnamed": len(unnamed)}
-    row |= dict.fromkeys(("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "novelty_auroc"))
+    row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
         asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else fixed, seed=0)  # (T)
@@ -302,12 +300,10 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             state.answering = told | {"temperature": 1.0}
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]  # (T), (T)
-                here = named | (test_y < stage.classes)
-                new = units.owners()[unit] < 0
-                row |= evaluate.open_set(claims, limit, new, guess == test_y, named, here)
+                parts = guess == test_y, named, named | (test_y < stage.classes)
+                row |= evaluate.open_set(claims, limit, units.owners()[unit] < 0, *parts)
         if h is not None and hidden.any():
-            unit = head.predict(h[hidden], taught)[0]
-            row |= evaluate.gcd_accuracy(unit, y[hidden], ~taught[y[hidden]])
+            row |= evaluate.gcd_accuracy(head.predict(h[hidden], taught)[0], y[hidden], ~taught[y[hidden]])
     pseudo, guessed = units.owners()[targets.pseudo], hidden & (targets.pseudo >= 0)
     row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, guessed)
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
@@ -357,7 +353,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     draw(evaluate.draw_curves, rows, classes, out / "curves.png")
     draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *look)
     if head.events:
-        draw(evaluate.draw_life, rows, head.events, classes, out / "life.png")
+        draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if told and len(named):
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
         sure = (logits / told["temperature"]).softmax(1).amax(1)  # (T)
@@ -443,7 +439,7 @@ def use_device(name: str) -> torch.device:
     """The device `name`, if it works; TF32, no denormals, a malloc that keeps freed pages."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name).item()  # some only pretend
+        torch.zeros(1, device=name).item()
     except Exception as error:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
     torch.set_float32_matmul_precision("high")
@@ -455,7 +451,7 @@ def use_device(name: str) -> torch.device:
 
 
 def load(args) -> data.Dataset:
-    """The data, its classes in order of arrival, those of --from first; sets what was not given."""
+    """The data, classes in order of arrival, those of --from first; sets what was not given."""
     dataset, taught = data.load_dataset(args.dataset, args.data_dir, image_size=args.image_size), args.taught
     own = dataset.classes
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
@@ -466,7 +462,7 @@ def load(args) -> data.Dataset:
         raise ValueError(f"--late: {', '.join(wrong)} must be new classes of the data")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
-    order, classes = list(dict.fromkeys(taught + first + late)), list(dict.fromkeys(dataset.classes + taught))
+    order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
     dataset = data.reorder(replace(dataset, classes=classes), [classes.index(name) for name in order])
 
     y, n, known = dataset.train_y, len(order), curriculum.default_known(len(own))
@@ -477,12 +473,12 @@ def load(args) -> data.Dataset:
     args.batch_size = min(args.batch_size, max(2, len(y)))
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
-    leaks = args.curriculum in ("gradual", "semi", "labels-only")
     for c in range(len(taught), n):
         count = int((y == c).sum())
         if not count or not (dataset.test_y == c).any():
             raise ValueError(f"class '{order[c]}' has no {'test' if count else 'training'} image")
-        if leaks and count * args.label_budget < 0.5 and c < n - args.never_named:
+        few = c < n - args.never_named and count * args.label_budget < 0.5
+        if few and args.curriculum in ("gradual", "semi", "labels-only"):
             raise ValueError(f"--label-budget {args.label_budget} leaves '{order[c]}' no label of {count}")
     return dataset
 
@@ -503,14 +499,12 @@ def setup(args, argv: list[str]) -> tuple:
             made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--resume: {out} holds no run of this version") from None
-        args = Namespace(
-            **made | {k: v for k, v in vars(args).items() if f"--{k.replace('_', '-')}" in moved}
-        )
+        vars(args).update({k: v for k, v in made.items() if f"--{k.replace('_', '-')}" not in moved})
         if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
         earlier = model.load(f"{args.origin}/checkpoint.pt")
-        args.taught = list(dict.fromkeys(filter(None, earlier.names)))
+        args.taught = [*dict.fromkeys(filter(None, earlier.names))]
         args.model, args.image_size = earlier.spec, earlier.image_size
     device = use_device(args.device)
     if args.dataset == "auto":
@@ -520,9 +514,13 @@ def setup(args, argv: list[str]) -> tuple:
     network = model.build(args.model, 1, image_size=args.image_size)  # may refuse
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
-    dataset = load(args).to(device)
-    if saved and saved["fingerprint"] != data.fingerprint(dataset):
-        raise ValueError(f"--resume: {args.dataset} has other images, labels or class names than the run")
+    dataset, room = load(args), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    data.check_room(len(dataset.train_x) + len(dataset.test_x), args.image_size, room)
+    dataset = dataset.to(device)
+    if saved and (before := saved["fingerprint"]) != (now := data.fingerprint(dataset)):
+        names = sorted({*before["classes"]} ^ {*now["classes"]})
+        other = f"classes ({data.some(names, 4)})" if names else "images or labels"
+        raise data.wrong(f"--resume: {args.dataset} has other {other} than the run")
     if args.resume is None:
         about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
         with suppress(OSError):
@@ -553,13 +551,13 @@ def claim_folder(args, about: dict) -> str:
 
 
 def several(args, argv: list[str]) -> int:
-    """All curricula or seeds, compared. The exit status."""
+    """All curricula or seeds, compared: exit status."""
     names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        own = dict(seed=args.seed + i, class_order=args.class_order + i, curriculum=name, out=folder)
-        command, own = argv, own | {"seeds": 1, "resume": None}
+        own = dict(seed=args.seed + i, curriculum=name, out=folder, seeds=1, resume=None)
+        own["class_order"], command = args.class_order + i, argv
         if args.resume is not None and Path(folder, "args.json").exists():
             command, own = ["--resume", folder, "--device", args.device, "--data-dir", args.data_dir], {}
         if status := main(command, **own):
@@ -569,7 +567,7 @@ def several(args, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None, **changes) -> int:
-    """Train. Exit status: 0, 2 after an error, 130 when stopped."""
+    """Train. Exit status: 0; 2: an error; 130: stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", dict)(errors="replace")
