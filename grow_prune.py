@@ -236,12 +236,12 @@ class ConfusionMonitor:
 
     Labels leak at random: around a named kind at a known rate, around a nameless one hardly ever.
 
-    n: number of images; at_least: share of the images looked at per named class that makes a kind (20 or
-    more); patience: looks in a row in which an image is unclaimed; cooldown: looks without another find;
-    chance: largest probability that labels avoid a named kind so well, 20 times that until `settled`
+    n: number of images; at_least: share of a class's images that makes a kind (at least 20); patience: looks
+    in a row without a claim; cooldown: looks after a find; chance: largest probability that labels avoid a
+    named kind so well, 20 times that until `settled`
     """
 
-    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.001, device="cpu"):
+    def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.0002, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
         self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
@@ -259,13 +259,14 @@ class ConfusionMonitor:
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), in index
-        at_least = max(20, round(self.at_least * len(index) / max(len(known_y.unique()), 1)))
         if self.cooldown_left or not len(known_y):
             return None
-        # Two of a class are expected to have the cosine reach**2.
+        # Two of a class have about the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)  # (C, D)
+        named = len(known) + ((unit @ classes.T).amax(1) > reach**2).sum()  # images like a class
+        at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
             """Whether rows of x [n,D] are like a centre [D], and no class more."""
@@ -281,7 +282,7 @@ class ConfusionMonitor:
             inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
             centre = F.normalize(rows[inside].mean(0), dim=0)  # (D)
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
-            group, expected = again[near[again]], (near.sum() + found) * len(known) / (len(unit) + len(known))
+            group, expected = again[near[again]], (near.sum() + found) * len(known) / named
             by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
             group = group[unit[group] @ centre > reach]  # (G), places in index
             if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
