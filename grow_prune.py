@@ -269,7 +269,7 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
-            """Whether rows of x [n,D] are like a centre [D], and no class more."""
+            """Whether rows of x [n,D] are like a centre [D], no class more."""
             cosine = x @ centre
             return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
 
@@ -283,7 +283,7 @@ class ConfusionMonitor:
             centre = F.normalize(rows[inside].mean(0), dim=0)  # (D)
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / named
-            by_chance = torch.special.gammaincc(found + 1.0, expected.float())  # Poisson: `found` or fewer
+            by_chance = torch.special.gammaincc(found + 1.0, expected)  # Poisson: `found` or fewer
             group = group[unit[group] @ centre > reach]  # (G), places in index
             if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
                 self.cooldown_left = self.cooldown + 1
