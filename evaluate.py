@@ -465,7 +465,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
         warnings.filterwarnings("always", "Glyph")
         fig = figure.Figure((width, height), layout="constrained")
         yield fig, fig.subplots(rows, columns, **options)
-        fig.savefig(path, dpi=150)
+        fig.savefig(path, dpi=150, bbox_inches="tight")
     if caught:
         say_once("note: no installed font has all characters of the class names; Noto Sans CJK has most")
 
@@ -478,7 +478,7 @@ def shown(name, length=24):
 
 
 def style(i):
-    """Colour and marker of the i-th line."""
+    """Look of the i-th line."""
     return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
 
 

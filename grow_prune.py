@@ -500,10 +500,10 @@ class HeadManager:
                 self.imprint_ema(pool, unit, index[~second])
 
     def log_unit(self, event: str, unit: int, index: Tensor) -> None:
-        """Log an event of a unit with its images `index` and their true class, where it is known."""
-        true = self.y[index][self.y[index] >= 0].bincount()
-        c, purity = (int(true.argmax()), float(true.max() / true.sum())) if len(true) else (None, None)
-        self.log(event, unit, c, len(index), purity)
+        """Log an event of a unit with its images `index`, and their true class, unless most have none."""
+        true, n = self.y[index], len(index)
+        c = int(true.mode().values)
+        self.log(event, unit, *((c, n, float((true == c).sum() / n)) if c >= 0 else (None, n, None)))
 
     def release(self, unit: int) -> None:
         """Let a unit stand for nothing, unless a person has named it."""
