@@ -111,7 +111,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
-    if mix["aggregation"]:  # 42 images per cluster, as in the paper
+    if mix["aggregation"]:  # 42 a cluster, as in the paper
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
     if mix["propagation"]:
@@ -205,7 +205,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
     known = args.known_classes
     notes = [
-        f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; writing to {args.out}",
+        f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images"
         + ", all there are" * (args.batch_size >= len(y)),
@@ -219,9 +219,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
         # 1. Classes arrive, unknown images open units, first labels name them.
-        count = y[pool.arrived & (y >= 0)].bincount() if epoch else y[:0]
-        for c in count.nonzero()[:, 0].tolist():
-            head.log("arrived", c=c, count=int(count[c]))
+        for c in y[pool.arrived & (y >= 0)].unique().tolist() if epoch else ():
+            head.log("arrived", c=c, count=int((y[pool.arrived] == c).sum()))
         unseen = pool.active & ~state.bank.rows.any(dim=1)
         if (mix["aggregation"] or mix["propagation"]) and unseen.any():
             state.bank.update(unseen.nonzero()[:, 0], state.embed(x[unseen], "z"))
@@ -240,7 +239,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 2. Clusters and pseudo-labels.
         targets = make_targets(state, pool, mix, votes, h, args.replay is None, generator)
 
-        # 3. Training steps; on a GPU CUDA graphs, captured anew for new targets.
+        # 3. Training steps; on a GPU as CUDA graphs.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
         drawn = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
@@ -310,7 +309,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
 
 
 def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
-    """Raise FloatingPointError for the first loss (record: [steps,4]) or weight not finite."""
+    """FloatingPointError for the first loss (record: [steps,4]) or weight not finite."""
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
     if bad:
@@ -319,7 +318,7 @@ def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """The final figures: written to summary.json, printed, drawn."""
+    """The final figures, written, printed, drawn."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -339,13 +338,16 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.gcd_accuracy(unit[hidden], y[hidden], new[hidden])
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
-    if told and len(named) > 1:  # one half fits it, the other tests it
+    if told and len(named) > 1:
+        memory = told["h"].to(test_h), told["labelled"].to(y.device)
+        # Training raises claims. Half of the images fit the temperature, half test it.
+        told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
             summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == target[held])
-    save()  # the temperature
+    save()
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
 
@@ -354,13 +356,12 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *look)
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
-    if told and len(named):
+    if told and len(named) > 1:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
         sure = (logits / told["temperature"]).softmax(1).amax(1)  # (T)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on the test images")
-        claims = grow_prune.claim(train_h, told["h"].to(train_h), told["labelled"].to(y.device))  # (N)
-        unknown = pool.active & ~pool.labelled & (claims < told["limit"])
+        unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
         unit = unit.masked_fill(~pool.active | unknown & (head.units.owners()[unit] >= 0), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
@@ -436,7 +437,7 @@ def make_parser() -> ArgumentParser:
 
 
 def use_device(name: str) -> torch.device:
-    """The device `name`, if it works; TF32, no denormals, a malloc that keeps freed pages."""
+    """The device `name`, if it works; TF32, no denormals, freed pages kept."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=name).item()
@@ -484,7 +485,7 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint, earlier network: all checked before there is a folder."""
+    """Settings, data, checkpoint, earlier network: all checked before a folder is made."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         if args.late and args.known_classes or args.origin and (args.model or args.image_size):
@@ -511,7 +512,7 @@ def setup(args, argv: list[str]) -> tuple:
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
     defaults = curriculum.defaults(args.dataset)
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
-    network = model.build(args.model, 1, image_size=args.image_size)  # may refuse
+    network = model.build(args.model, 1, image_size=args.image_size)
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
     dataset, room = load(args), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -531,7 +532,7 @@ def setup(args, argv: list[str]) -> tuple:
 
 
 def claim_folder(args, about: dict) -> str:
-    """Make --out, or a free folder in runs/, for this run, with its args.json."""
+    """Make --out or a free folder in runs/, with args.json."""
     stem = args.out or f"runs/{args.dataset.split(':')[0]}-{args.curriculum}-s{args.seed}"
     for n in [1] if args.out else itertools.count(1):
         folder = Path(stem + f"-{n}" * (n > 1))
