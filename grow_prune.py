@@ -428,24 +428,19 @@ class HeadManager:
         self.units.age = [age + 1 for age in self.units.age]
         leaking = pool.taught_before[self.y[pool.labelled & ~pool.labelled_before]].any()
         afresh, monitor.settled = not (leaking or monitor.settled), not leaking
-        provisional = [unit for unit in self.units.unnamed() if afresh and unit not in self.given]
-        for unit in provisional:
-            monitor.streak[concept == unit] = monitor.patience
-            self.release(unit)
+        for unit in self.units.unnamed() if afresh else ():
+            if unit not in self.given:  # provisional until now
+                monitor.streak[concept == unit], monitor.cooldown_left = monitor.patience, 0
+                self.release(unit)
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
-        for again in range(1 + len(provisional)):
-            if afresh:  # several in one look
-                monitor.cooldown_left = 0
-                monitor.streak[watched] -= min(again, 1)
-            group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
-            if group is None:
-                break
+        group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
+        if group is not None:
             members = watched[group[claims[group].argsort()]]
             surest = members[: (len(members) + 1) // 2]  # claimed least
             unit, _ = self.open_unit(pool, UNNAMED, surest)
-            concept[members], claims[group] = unit, math.inf
+            concept[members] = unit
             self.log_unit("opened", unit, surest)
         member = concept[watched] if monitor.settled else -1  # (W)
         votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
