@@ -56,10 +56,10 @@ class State:
             self.network.load_state_dict(earlier.state_dict())
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
         self.network.to(y.device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.network)  # mean teacher: it votes, answers and is evaluated
+        self.ema = copy.deepcopy(self.network)  # mean teacher: votes, answers, is evaluated
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        self.masks = {}  # of weights: bool, True = kept
+        self.masks = {}  # True = kept
         self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at first sight
         self.answering = None  # for `evaluate.answers`
         self.before = None  # after --from: accuracy on the old classes
@@ -230,7 +230,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             votes = head.discover(pool, h) if stage.discovery else votes
         before = pool.taught_before  # of --from at first
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
-            head.name_class(pool, c, votes, h)  # may change votes
+            head.name_class(pool, c, votes, h)
             if c >= args.known_classes and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 state.first_sight[classes[c]] = evaluate.fraction(right(among), dataset.test_y == c)
@@ -273,11 +273,12 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         save()
         happened = [event for event in head.events if event["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
+    model.set_learning_rate(state.optimizer, 0.0)  # resumed, too
     finish(args, state, dataset, stages, pools, leak, save)
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, from a sample of the test images, in the last epoch all; sets state.answering."""
+    """A row of log.csv, from some test images, in the last epoch all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
@@ -340,7 +341,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
-        # Training raises claims. Half of the images fit the temperature, half test it.
+        # Training raises claims. Half of these fit the temperature, half test it.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
@@ -378,7 +379,7 @@ FLAGS = """
 --label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled
 --known-classes 1..: at the start; 7 of 10, of a folder all
 --late text: NAME,NAME: come late
---never-named 0..=0: last classes without any label
+--never-named 0..=0: last classes without label
 --class-order 0..=0: seed of the classes' order
 --replay 1..: images kept of earlier classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
