@@ -117,8 +117,8 @@ def check_room(count: int, size: int, room: float = math.inf) -> None:
         room = min(room, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2)
     if 3 * count * size**2 > room:
         fits = math.isqrt(int(room / 3 / count)) // 8 * 8
-        there = f"exceed the {room / 1e9:,.1f} GB of memory for them"
-        raise ValueError(f"{count:,} images of {size}x{size} {there}; use fewer, or --image-size {fits}")
+        way = f" or --image-size {fits}" * (fits > 0)
+        raise ValueError(f"{count:,} images of {size}x{size} exceed {room / 1e6:,.0f} MB; use fewer{way}")
 
 
 def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
