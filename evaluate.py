@@ -539,12 +539,12 @@ def draw_life(rows, events, classes, path, owner):
                 ax.barh(line, length, left=event["epoch"] - 0.5, height=0.7, **look)
                 text *= len(text) < 95 * length / end
                 ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
-        arrivals = [event for event in events if event["event"] == "arrived"]
-        for event in arrivals:
-            ax.axvline(event["epoch"] - 0.5, color="black", linewidth=0.8, linestyle=":")
-            text = f"{shown(event['class'], 12)}\narrives" * (len(arrivals) <= 5)
-            ax.text(event["epoch"] - 0.5, len(told), text, fontsize=8, **CENTRE)
-        ax.set(xlabel="epoch (hatched: opened for what has no name, and what it truly is)", ylabel="unit")
+        arrived = [(e["epoch"], e["class"]) for e in events if e["event"] == "arrived"]
+        for epoch in dict(arrived):
+            ax.axvline(epoch - 0.5, color="black", lw=0.8, ls=":")
+            text = "+ " + ", ".join(shown(name, 12) for at, name in arrived if at == epoch)
+            ax.text(epoch - 0.5, len(told), text * (len(arrived) <= 5), fontsize=8, **CENTRE)
+        ax.set(xlabel="epoch (+: images arrive; hatched: no name, and the true class)", ylabel="unit")
         ax.set(xlim=(0.5, end - 0.5), ylim=(-0.6, len(told) - 0.4), yticks=range(len(told)), yticklabels=told)
         ax.locator_params("x", integer=True)
 
