@@ -496,9 +496,9 @@ class HeadManager:
 
     def log_unit(self, event: str, unit: int, index: Tensor) -> None:
         """Log an event of a unit with its images `index`, and their true class, unless most have none."""
-        true, n = self.y[index], len(index)
-        c = int(true.mode().values)
-        self.log(event, unit, *((c, n, float((true == c).sum() / n)) if c >= 0 else (None, n, None)))
+        true = self.y[index]
+        c, purity = int(true.mode().values), float((true == true.mode().values).sum() / (true >= 0).sum())
+        self.log(event, unit, *((c, len(index), purity) if c >= 0 else (None, len(index), None)))
 
     def release(self, unit: int) -> None:
         """Let a unit stand for nothing, unless a person has named it."""
