@@ -16,7 +16,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The gradual curriculum: when things happen, in progress 0..1.
 LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
@@ -135,10 +135,8 @@ def fully_supervised(progress: float, num_classes: int, known: int, budget: floa
 
 def labels_only(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """The floor: cross-entropy on the labelled images alone."""
-    mix = {"ntxent": 0.0, "aggregation": 0.0, "propagation": 0.0, "supervised": 1.0}
-    return Stage(
-        "labels only", num_classes, num_classes, budget, mix, 1.0, cubic_sparsity(progress, sparsity)
-    )
+    ceiling = fully_supervised(progress, num_classes, known, budget, sparsity)
+    return replace(ceiling, name="labels only", label_fraction=budget)
 
 
 CURRICULA: dict[str, Callable[..., Stage]] = {
@@ -178,6 +176,11 @@ def stage(
         if not low <= value <= high:
             raise ValueError(f"{label} must be in {low}..{high}, not {value}")
     return CURRICULA[name](epoch / max(epochs - 1, 1), num_classes, known, budget, sparsity)
+
+
+def going_on(stages: list[Stage]) -> list[Stage]:
+    """The same for a run that goes on from an earlier one: the last mix and all labels from the start."""
+    return [replace(stages[-1], classes=s.classes, named=s.named, sparsity=s.sparsity) for s in stages]
 
 
 def default_known(num_classes: int) -> int:

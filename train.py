@@ -52,17 +52,18 @@ class State:
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
+        self.network.to(y.device, memory_format=torch.channels_last)
+        self.masks, encoder = {}, self.network.encoder  # True = kept
         if earlier:
             self.network.load_state_dict(earlier.state_dict())
+            self.masks = grow_prune.prune_smallest(encoder, grow_prune.sparsity_of(encoder))
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
-        self.network.to(y.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.network)  # mean teacher: votes, answers, is evaluated
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        self.masks = {}  # True = kept
-        self.rows, self.first_sight = [], {}  # of log.csv; accuracy on late classes at first sight
+        self.rows, self.first_sight = [], {}  # of log.csv; of late classes
         self.answering = None  # for `evaluate.answers`
-        self.before = None  # after --from: accuracy on the old classes
+        self.before = None  # --from: accuracy on old classes
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
         watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are sought here
         parts = y, watched, classes, owner, args.seed
@@ -164,7 +165,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     state.optimizer.zero_grad()
     sum(mix[term] * loss for term, loss in terms.items()).backward()
     state.optimizer.step()
-    grow_prune.apply_masks(state.network.encoder, state.masks)  # momentum revives pruned weights
+    grow_prune.apply_masks(state.network.encoder, state.masks)  # momentum revives weights
     model.update_ema(state.ema, state.network, decay)
     bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
@@ -179,13 +180,15 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     """Train from the start, from an earlier run's network, or on from a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
-    options = (args.epochs, len(classes), args.known_classes, args.label_budget, args.prune)
+    known, most = args.known_classes, len(classes) - args.never_named
+    options = (args.epochs, len(classes), known, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
-    least, most = int(y.min()) + 1, len(classes) - args.never_named  # --from: the first may have no images
+    stages = curriculum.going_on(stages) if args.taught else stages
+    least = int(y.min()) + 1  # the first may have no images
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
-    pools = data.pools(stages, y, leak, len(classes), args.known_classes, args.replay, taught)
+    pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
     names = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D] of length 1
@@ -203,7 +206,6 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         about |= {"names": head.names(pool.taught)} | state.state_dict()
         data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about))
 
-    known = args.known_classes
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
@@ -228,10 +230,10 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         if mix["propagation"]:
             h = F.normalize(state.embed(x), dim=1) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
-        before = pool.taught_before  # of --from at first
+        before = pool.taught_before
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
             head.name_class(pool, c, votes, h)
-            if c >= args.known_classes and before.any():
+            if c >= known and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
                 state.first_sight[classes[c]] = evaluate.fraction(right(among), dataset.test_y == c)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
@@ -249,8 +251,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         if device.type == "cuda":
             functions = model.capture(functions, state.optimizer, generator)
         for step, index in enumerate(batches):
-            progress = (epoch + step / steps) / args.epochs
-            model.set_learning_rate(state.optimizer, curriculum.learning_rate(progress, args.lr))
+            rate = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
+            model.set_learning_rate(state.optimizer, rate)
             record[step] = functions[step % len(functions)](index)
         functions = None  # frees memory
         stop_if_not_finite(record, state.network, epoch)
@@ -278,7 +280,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, from some test images, in the last epoch all; sets state.answering."""
+    """A row of log.csv, from some test images, at last all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
@@ -286,9 +288,9 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
-        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else fixed, seed=0)  # (T)
+        asked = data.sample(dataset.test_y >= 0, max(fixed, last * len(dataset.test_y)), seed=0)  # (T)
         test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]  # (T, D), (T)
-        unit, guess = head.predict(test_h, taught)  # (T), (T)
+        unit, guess = head.predict(test_h, taught)
         nameable = test_y < len(taught) - args.never_named
         row |= evaluate.epoch_accuracy(guess[nameable], test_y[nameable], args.known_classes)
         row |= evaluate.accuracy_by_class(guess[:fixed], test_y[:fixed], dataset.classes)
@@ -299,7 +301,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             told = {"h": near_h.half(), "labelled": labelled, "limit": limit, "unnamed": unnamed}
             state.answering = told | {"temperature": 1.0}
             if args.curriculum == "gradual":
-                claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]  # (T), (T)
+                claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
                 row |= evaluate.open_set(claims, limit, units.owners()[unit] < 0, *parts)
         if h is not None and hidden.any():
@@ -359,7 +361,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if told and len(named) > 1:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
-        sure = (logits / told["temperature"]).softmax(1).amax(1)  # (T)
+        sure = (logits / told["temperature"]).softmax(1).amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on the test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
@@ -406,7 +408,7 @@ FLAGS = """
 
 def within(bounds: str):
     """The type of a flag: a number in "low..high", whole if these are."""
-    kind = int if bounds.replace(".", "", 2).isdigit() and bounds.count(".") == 2 else float
+    kind = int if bounds.strip("0123456789") == ".." else float
     low, high = (kind(end or 2**31 - 1) for end in bounds.split(".."))
 
     def number(text: str) -> float:
@@ -571,7 +573,7 @@ def several(args, argv: list[str]) -> int:
 def main(argv: list[str] | None = None, **changes) -> int:
     """Train. Exit status: 0; 2: an error; 130: stopped."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
