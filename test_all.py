@@ -999,7 +999,7 @@ def test_the_smallest_weights_and_whole_filters_go():
     net = nn.Sequential(*chain(8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     net.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
     net.heads, net.wide = nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 1, kdim=2)
-    net[5].weight = net[4].weight  # a tied weight counts once and is masked under either name
+    net[5].weight = net[4].weight  # a tied weight counts once, under either name
     sizes = torch.cat([p.detach().abs().flatten() for p in gp.prunable(net).values()])
     first = gp.prune_smallest(net, 0.37)
     kept = torch.cat([mask.flatten() for mask in first.values()])
@@ -1045,7 +1045,7 @@ def crowd(classes, size, seed, named):
 
 def test_a_nameless_kind_is_found_after_some_looks():
     for named, size, options, when in (
-        (4, 150, (0.2, 3, 4), [2, 7]),  # in the third look, and after four without a find
+        (4, 150, (0.2, 3, 4), [2, 7]),  # and after four looks without a find
         (5, 150, (), []),  # all are named
         (0, 150, (), []),  # before the first label
         (4, 150, (2,), []),  # too few
@@ -1068,7 +1068,7 @@ def test_a_kind_is_found_beside_a_denser_class():
     index = ((y < 4) & ~labelled | (y == 4) & (arange(750) % 2 == 0)).nonzero()[:, 0]
     monitor, groups = gp.ConfusionMonitor(750, patience=1, cooldown=-1), []
     claims = (y[index] % 4).float()  # none of class 0
-    for x in (h, 0 * h, 0 * h + 1, h * math.nan):  # later, a collapsed network: the search ends
+    for x in (h, 0 * h, 0 * h + 1, h * math.nan):  # a collapsed network: the search ends
         groups.append(monitor.find_concept(index, claims, 0.5, x[index], x[labelled], y[labelled]))
     assert len(groups[0]) > 40 and (y[index[groups[0]]] == 4).all() and groups[1:] == [None] * 3
 
@@ -1132,9 +1132,9 @@ def test_a_unit_is_provisional_and_released_when_labels_claim_it():
         votes = manager.discover(pool, h)
         assert manager.units.unnamed() == units and (votes[concept >= 0] == UNKNOWN).all()
     pool.labelled_before = pool.labelled
-    manager.monitor.patience, manager.monitor.cooldown_left = 2, 9  # what was looked at is asked at once
+    manager.monitor.patience, manager.monitor.cooldown_left = 2, 9  # asked at once
     for before in (pool.labelled, pool.labelled | (pool.place == 899)):
-        pool.labelled = before | (pool.place == 899)  # the first label of another class changes nothing
+        pool.labelled = before | (pool.place == 899)  # another class's first label changes nothing
         votes, pool.labelled_before = manager.discover(pool, h), before
     assert happened(manager) == "opened opened released released opened opened"
     unit = int(votes[y == 4].mode().values)
@@ -1150,13 +1150,13 @@ def test_units_merge_and_split_but_names_survive():
     for told, kinds, events in (
         ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),  # a person tells them apart
         ({}, [[5], [6], [4]], "merged split"),
-        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the smaller, named one
+        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named one
     ):
         manager, pool, h, y = nameless(7)
         part = pool.place % 5 == 0
         open_by_hand(manager, pool, part & (y == 4), ~part & (y == 4), y > 4)
         manager.given |= told
-        # Idle units are used again, not for their own half; without names, only what is merged is idle.
+        # Idle units are used again, not for their own half; without names, only the merged.
         manager.units.age, manager.units.utility = [9 * bool(told)] * 7, zeros(7)
         found = review(manager, pool, h, y)
         assert found[0] == kinds[0] and sorted(found) == sorted(kinds) and happened(manager) == events
@@ -1188,7 +1188,7 @@ def test_first_labels_name_the_unit_of_their_kind(found, units):
     assert manager.units.owner == [0, 1, 2, 3, *[FREE] * (units - 4) * found, 4]
     assert happened(manager) == ("released " * (units - 4) + "named" if found else "grown" * (5 - units))
     assert (manager.predict(h, pool.taught)[1] == y).float().mean() > 0.9
-    # It points at what it stood for and what has its name, away from the others; the learner is left alone.
+    # It points at its images, away from the others; the learner is left alone.
     towards = gp.discriminant(h[fifth | own & found].mean(0), h[known], y[known])
     assert F.cosine_similarity(manager.ema.head.weight[unit], towards, dim=0) > 0.9999
     assert not found or equal(manager.network.head.weight, learner)
@@ -1645,7 +1645,7 @@ def test_a_stopped_run_ends_as_if_nothing_had_been(runs, tmp_path, capsys, monke
         assert ("go on" in message) == (trouble is not None)
         assert len(saved_in(out)["rows"]) == epoch - 1 and not (out / "summary.json").exists()
     monkeypatch.undo()
-    for _ in range(2):  # the second time it is measured and drawn again
+    for _ in range(2):  # measured and drawn again
         assert start(out, "--resume") == 0 and end_of(out) == end_of(runs / "gradual")
     assert contents(out).keys() == contents(runs / "other seed").keys()
 
@@ -1706,7 +1706,7 @@ def test_bad_values_get_one_line(capsys, tmp_path, monkeypatch):
 
 def test_one_of_two_runs_gets_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # even if both look at the same moment
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # both look at once
     args = Namespace(out=None, dataset="digits", curriculum="self", seed=0)
     made = [train.claim_folder(args, {"torch": "2"}) for _ in range(2)]
     args.out, second = made
@@ -1805,9 +1805,11 @@ def test_an_earlier_run_is_continued_and_left_alone(tmp_path, capsys):
         (name, classes), root = case.split(maxsplit=1), tmp_path / case.replace(" ", "-")
         out, flags = root / "run", f"{bars(root, classes)} {OWN} --from {earlier} --curriculum {name}"
         assert start(out, f"{flags} --epochs 5 --label-budget 0.5") == 0
-        taught = classes.split() if name != "self" else []
+        taught, old = classes.split() if name != "self" else [], classes != "dog elk"
         assert {*filter(None, saved_in(out)["names"])} == {"ant", "bee", "cat", *taught}
-        assert (json_of(out)["old_accuracy_before"] is None) == (classes == "dog elk")
+        assert (json_of(out)["old_accuracy_before"] is not None) == old
+        first = saved_in(out)["rows"][0]  # has all labels; what was pruned stays so
+        assert (first["labels"] > 0) == (old and name != "self") and first["sparsity"] > 0.7
         assert "--from decides --model" in refused(capsys, train.main, [*flags.split(), "--model=cnn"])
     assert contents(earlier) == before
     earlier.rename(tmp_path / "gone")  # no longer needed
@@ -1886,7 +1888,7 @@ def test_a_run_goes_on_from_device_to_device(tmp_path, monkeypatch):
 
 @needs_a_gpu
 def test_a_captured_step_is_the_step():
-    n, device, ends = 12_100, torch.device("cuda"), []  # a bank of which each step searches one half
+    n, device, ends = 12_100, torch.device("cuda"), []  # each step searches one half
     x = randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     dataset, targets = taught_by(x.to(device))
     for captured in (False, True):
