@@ -1808,7 +1808,7 @@ def test_an_earlier_run_is_continued_and_left_alone(tmp_path, capsys):
         taught, old = classes.split() if name != "self" else [], classes != "dog elk"
         assert {*filter(None, saved_in(out)["names"])} == {"ant", "bee", "cat", *taught}
         assert (json_of(out)["old_accuracy_before"] is not None) == old
-        first = saved_in(out)["rows"][0]  # has all labels; what was pruned stays so
+        first = saved_in(out)["rows"][0]  # labels, pruned weights
         assert (first["labels"] > 0) == (old and name != "self") and first["sparsity"] > 0.7
         assert "--from decides --model" in refused(capsys, train.main, [*flags.split(), "--model=cnn"])
     assert contents(earlier) == before
