@@ -463,8 +463,8 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge two unnamed units of one kind, and split one that holds two.
 
-        Two are merged if their centres are nearer than the halves (by k-means) of the least compact known
-        class; one is split if its halves are farther apart, by the margin to the median class.
+        Two are merged if their centres are nearer than the halves (by k-means) of the median known class;
+        one is split if its halves are farther apart than in the least compact, by the margin to the median.
         claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
@@ -474,7 +474,7 @@ class HeadManager:
             return
         for a, b in itertools.combinations(self.units.unnamed(), 2):
             here, there = concept == a, concept == b  # (N), (N)
-            if F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.min():
+            if F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.median():
                 first = (a in self.given, here.sum()) >= (b in self.given, there.sum())
                 kept, gone = (a, b) if first else (b, a)
                 if gone not in self.given:
