@@ -56,16 +56,17 @@ class State:
         self.masks, encoder = {}, self.network.encoder  # True = kept
         if earlier:
             self.network.load_state_dict(earlier.state_dict())
-            self.masks = grow_prune.prune_smallest(encoder, grow_prune.sparsity_of(encoder))
+            pruned = min(args.prune, grow_prune.sparsity_of(encoder))
+            self.masks = grow_prune.prune_smallest(encoder, pruned)
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
-        self.ema = copy.deepcopy(self.network)  # mean teacher: votes, answers, is evaluated
+        self.ema = copy.deepcopy(self.network)  # mean teacher: votes, answers
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
-        self.answering = None  # for `evaluate.answers`
+        self.answering = None  # of `evaluate.answers`
         self.before = None  # --from: accuracy on old classes
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
-        watched = data.sample(y >= -1, count, args.seed)  # unknown kinds are sought here
+        watched = data.sample(y >= -1, count, args.seed)  # to seek kinds in
         parts = y, watched, classes, owner, args.seed
         embed = partial(evaluate.embed, bf16=self.bf16)
         self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
@@ -139,7 +140,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     """
     mix, in_use, active, bank = targets.mix, targets.in_use, targets.active, state.bank
     views = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
-    x = torch.cat(views).contiguous(memory_format=torch.channels_last)  # (2B, 3, H, W)
+    x = torch.cat(views).contiguous(memory_format=torch.channels_last)  # (2B,3,H,W)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
     z1, z2 = z.chunk(2)  # (B, 128) each
@@ -191,7 +192,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
     names = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
-    head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D] of length 1
+    head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
 
     def right(among: Tensor) -> Tensor:
         return head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
@@ -216,7 +217,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
-        seed = (args.seed << 20) + epoch  # a resumed run draws the same
+        seed = (args.seed << 20) + epoch  # drawn alike if resumed
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
