@@ -179,7 +179,7 @@ def stage(
 
 
 def going_on(stages: list[Stage]) -> list[Stage]:
-    """The same for a run that goes on from an earlier one: the last mix and all labels from the start."""
+    """For a run that goes on from an earlier one: the last mix and all labels from the start."""
     return [replace(stages[-1], classes=s.classes, named=s.named, sparsity=s.sparsity) for s in stages]
 
 

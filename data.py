@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -45,12 +46,12 @@ class Dataset:
     test_x: Tensor
     test_y: Tensor
     classes: list[str]
-    mean: tuple[float, ...]  # of the training images, per channel, in 0..1
+    mean: tuple[float, ...]  # per channel, 0..1
     std: tuple[float, ...]
     flip: bool  # a mirrored image keeps its class
     color: bool  # colours may be changed
-    scale: tuple[float, float]  # range of the area that a crop may keep
-    notes: list[str] = field(default_factory=list)  # on what was read, a line each
+    scale: tuple[float, float]  # area that a crop keeps
+    notes: list[str] = field(default_factory=list)  # on what was read
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
@@ -63,8 +64,8 @@ class Dataset:
 def load_dataset(name: str, root="data", download: bool = True, image_size: int = 32) -> Dataset:
     """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
-    The torchvision sets are read from the folder `root`, to which `download` fetches them. Raises ValueError,
-    in one line, or OSError for a folder that may not be read.
+    The torchvision sets are in the folder `root`, to which `download` fetches them. Raises ValueError, in one
+    line, or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in DATASETS and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
@@ -76,10 +77,9 @@ def load_dataset(name: str, root="data", download: bool = True, image_size: int 
     elif name in DATASETS:
         splits, classes = read_torchvision(name, root, download, image_size)
     else:
-        known = [f"folder:{name}"] if os.path.isdir(os.path.expanduser(name)) else DATASETS
-        raise wrong(
-            f"unknown dataset '{name}'{suggest(name, known)}; use {', '.join(DATASETS)} or folder:PATH"
-        )
+        there = os.path.isdir(os.path.expanduser(name))
+        near = f", did you mean 'folder:{name}'?" if there else suggest(name, DATASETS)
+        raise wrong(f"unknown dataset '{name}'{near}; use {', '.join(DATASETS)} or folder:PATH")
     glyphs = name in ("digits", "mnist")
     kind = (not glyphs, not glyphs, (0.5 if glyphs else 0.2, 1.0), notes)
     return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), *kind)
@@ -154,7 +154,7 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
         cause = f"could not be downloaded ({reason(error) if download else 'not asked for'})"
         raise wrong(f"{name}: {archive} {state} and {cause}; put the original files there") from None
     finally:
-        for folder in absent:  # left by a failure
+        for folder in absent:
             with suppress(OSError):
                 folder.rmdir()
     check_room(sum(map(len, parts)), size)
@@ -180,8 +180,7 @@ def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str
     tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
     PATH/.cache-SIZE.pt keeps the result until a file changes.
 
-    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes on all this. ValueError for
-    another layout or a class without a readable image.
+    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes. ValueError for another layout.
     """
     path = os.path.normpath(os.path.expanduser(path))
     files, classes, told = list_folder(path)
@@ -251,6 +250,9 @@ def list_folder(path: str) -> tuple[dict, list[str], dict]:
     there = set(files.values())
     classes = sorted({name for _, name in there if name})
     told["only in test, never trained"] = [name for name in classes if ("train", name) not in there]
+    for name in classes:
+        if re.fullmatch(r"unknown|unlabell?ed|unit \d+", name):
+            raise wrong(f"{path}: no class may be called '{name}'; images without a label: unlabelled/")
     for name in classes * len(test):
         if (test[0], name) not in there:
             raise wrong(f"{path}: class '{name}' must be in both train and test, but is not in {test[0]}")
@@ -415,7 +417,7 @@ def leak_order(labels: Tensor, seed: int) -> Tensor:
     y = labels.cpu() + 1
     key = torch.rand(len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     index = key.argsort()
-    index = index[y[index].argsort(stable=True)]  # by class, random inside a class
+    index = index[y[index].argsort(stable=True)]  # by class
     count = y.bincount()
     order = torch.empty_like(index)
     order[index] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[index]]
@@ -443,7 +445,7 @@ class Pool:
     active: Tensor
     labelled: Tensor
     taught: Tensor  # the classes that have a label
-    arrived: Tensor  # the images that were not there an epoch ago
+    arrived: Tensor  # not there an epoch ago
     labelled_before: Tensor  # of those that are there now
     taught_before: Tensor
 

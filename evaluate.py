@@ -1,8 +1,8 @@
 """What an encoder has learned, in numbers and in pictures.
 
-    h = embed(network, dataset.test_x)                      # [N,D], frozen encoder, eval mode
-    linear_probe(train_h, train_y, h, y), knn_accuracy(train_h, train_y, h, y), cluster_scores(h, y)
-    answers(network, images)                                # {"unit", "answer", "confidence", "claim"}
+    h = embed(network, dataset.test_x)  # [N,D]
+    linear_probe(train_h, train_y, h, y), cluster_scores(h, y)
+    answers(network, images)  # {"unit", "answer", "confidence", "claim"}
 
 `python evaluate.py` compares runs, answers for images and names what was found.
 """
@@ -130,7 +130,7 @@ def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
     accuracy = np.asarray(accuracy, dtype=float)
     if not len(accuracy):
         raise ValueError("accuracy has no epochs")
-    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # NaN: a class without test images
+    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # NaN: no test images
 
 
 @measured
@@ -467,7 +467,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
         yield fig, fig.subplots(rows, columns, **options)
         fig.savefig(path, dpi=150, bbox_inches="tight")
     if caught:
-        say_once("note: no installed font has all characters of the class names; Noto Sans CJK has most")
+        say_once("note: no installed font has all characters of the names; Noto Sans CJK has most")
 
 
 def shown(name, length=24):
@@ -722,7 +722,7 @@ def compare(paths):
             v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
             if len(values) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
-        name += f" ({len(result) + 1})" if name in result else ""  # it differs where others have no setting
+        name += f" ({len(result) + 1})" if name in result else ""
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
             say_once(f"{name}: some of {len(runs)} runs repeat a seed: of other code?")
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
@@ -781,14 +781,16 @@ def write_compact(source, path):
 
 
 def predict(source, paths, table):
-    """Answer for images and folders of them: rows in `table`, a picture beside it; the counts."""
+    """Answer for images and folders of them: rows in `table`, a picture beside it; counts."""
     from tqdm import trange
 
     from train import data, model
 
-    network, files = model.load(source), data.find_images(paths)
+    network, files, sheet = model.load(source), data.find_images(paths), table.with_suffix(".png")
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
+    if taken := {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}:
+        raise ValueError(f"{taken.pop()} would be replaced; move it or use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
         images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
@@ -798,10 +800,10 @@ def predict(source, paths, table):
             values = dict(zip(keys, [None] * 4 if error else values, strict=True))
             rows.append({"file": str(file), **values, "error": error})
     data.write_csv(table, rows)
-    drawn = attempt(draw_predictions, table.with_suffix(".png"), files, rows, network.image_size)
+    drawn = attempt(draw_predictions, sheet, files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
     lines = [*notes, *(f"{count:8,d}  {answer}" for answer, count in counts)]
-    return "\n".join([*lines, f"{len(rows):,} images: {table}" + f", {table.with_suffix('.png')}" * drawn])
+    return "\n".join([*lines, f"{len(rows):,} images: {table}" + f", {sheet}" * drawn])
 
 
 def draw_predictions(path, files, rows, size):
@@ -828,7 +830,7 @@ def name_units(path, pairs):
     names, owners = checkpoint["names"], list(checkpoint["units"]["owner"])
     found = [unit for unit, owner in enumerate(owners) if owner == -1]
     for pair in pairs:
-        parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*(\S.*?)\s*", pair)
+        parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*([^\s=].*?)\s*", pair)
         if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
             raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
         unit, name = int(parts[1]), parts[2]

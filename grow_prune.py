@@ -173,7 +173,7 @@ class Units:
     """What each unit of a head stands for: a class, a concept without a name, or nothing.
 
     owner: the class of each unit, or UNNAMED, or FREE
-    given: names that a person gave to units, which are used for nothing else
+    given: names that a person gave to units, which stay what they are
     utility [U]: running mean (0.99) of a unit's probability over the training images
     age: looks since a unit got its owner; below `mature` it is not redundant
     """
@@ -199,7 +199,7 @@ class Units:
         return torch.tensor(answering, device=self.utility.device)
 
     def unnamed(self) -> list[int]:
-        """The units of nameless concepts."""
+        """The units without a class."""
         return [unit for unit, c in enumerate(self.owner) if c == UNNAMED]
 
     def observe(self, p: Tensor) -> None:
@@ -258,7 +258,7 @@ class ConfusionMonitor:
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
-        again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A), in index
+        again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A)
         if self.cooldown_left or not len(known_y):
             return None
         # Two of a class have about the cosine reach**2.
@@ -284,7 +284,7 @@ class ConfusionMonitor:
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / named
             by_chance = torch.special.gammaincc(found + 1.0, expected)  # Poisson: `found` or fewer
-            group = group[unit[group] @ centre > reach]  # (G), places in index
+            group = group[unit[group] @ centre > reach]  # (G)
             if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
                 self.cooldown_left = self.cooldown + 1
                 return group
@@ -406,6 +406,11 @@ class HeadManager:
         """Indices int64 [M] of active images that are watched or labelled (bool [N])."""
         return (labelled.index_fill(0, self.watched, True) & pool.active).nonzero()[:, 0]
 
+    def lacks_labels(self, pool) -> bool:
+        """Whether a taught class has no label, as after --from: others would claim all, or none, of it."""
+        count = self.y[pool.labelled].bincount(minlength=len(pool.taught))  # (C)
+        return bool((pool.taught & (count == 0)).any())
+
     @torch.no_grad()
     @outside_autocast
     def discover(self, pool, h: Tensor) -> Tensor:
@@ -423,7 +428,7 @@ class HeadManager:
         known_h, known_y = near_h[labelled], self.y[index[labelled]]  # (L, D), (L)
         watched = index[~pool.labelled[index]]  # (W)
         claims, limit = claim(h[watched], near_h, labelled), threshold(near_h, labelled)  # (W)
-        unclaimed = claims < limit  # (W)
+        unclaimed = claims < limit
 
         self.units.age = [age + 1 for age in self.units.age]
         leaking = pool.taught_before[self.y[pool.labelled & ~pool.labelled_before]].any()
@@ -438,7 +443,7 @@ class HeadManager:
         group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
         if group is not None:
             members = watched[group[claims[group].argsort()]]
-            surest = members[: (len(members) + 1) // 2]  # claimed least
+            surest = members[: (len(members) + 1) // 2]
             unit, _ = self.open_unit(pool, UNNAMED, surest)
             concept[members] = unit
             self.log_unit("opened", unit, surest)
@@ -453,7 +458,7 @@ class HeadManager:
     def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:
         """Move the unclaimed watched images [W] to the nearest unnamed unit above cosine `reach`."""
         concept, unknown = self.monitor.concept, watched[unclaimed]  # (N), (V)
-        cosine, nearest = (h[unknown] @ self.centres(h, concept).T).max(1)  # (V, U) -> (V)
+        cosine, nearest = (h[unknown] @ self.centres(h, concept).T).max(1)
         concept.fill_(-1)
         concept[unknown] = torch.where(cosine > max(reach, 0), nearest, -1)
         for unit in self.units.unnamed():
@@ -473,10 +478,8 @@ class HeadManager:
         if not len(usual):
             return
         for a, b in itertools.combinations(self.units.unnamed(), 2):
-            here, there = concept == a, concept == b  # (N), (N)
-            if F.cosine_similarity(h[here].mean(0), h[there].mean(0), dim=0) > usual.median():
-                first = (a in self.given, here.sum()) >= (b in self.given, there.sum())
-                kept, gone = (a, b) if first else (b, a)
+            if F.cosine_similarity(h[concept == a].mean(0), h[concept == b].mean(0), dim=0) > usual.median():
+                gone, kept = sorted((a, b), key=lambda u: (u in self.given, int((concept == u).sum())))
                 if gone not in self.given:
                     self.log_unit("merged", gone, (concept == gone).nonzero()[:, 0])
                     concept[concept == gone] = kept
@@ -510,7 +513,7 @@ class HeadManager:
     def open_unit(self, pool, owner: int, index: Tensor) -> tuple[int, str]:
         """A unit for `owner`, imprinted with the images `index`; "grown" or "recycled"."""
         unit, how = self.units.allocate(self.network.head, self.optimizer, owner)
-        self.monitor.concept[self.monitor.concept == unit] = -1  # what it stood for before
+        self.monitor.concept[self.monitor.concept == unit] = -1  # until now
         if how == "grown":
             grow_head(self.ema.head, None)
         imprint(self.network.head, unit, self.embed(self.network, index))
@@ -533,15 +536,15 @@ class HeadManager:
         The unnamed unit whose centre is nearest of all units' to more than half of its labelled images;
         else its own or a new one. h: as in `discover`, or None.
         """
-        units, concept, labels = self.units, self.monitor.concept, pool.labelled & (self.y == c)  # (N), (N)
+        units, concept, labels = self.units, self.monitor.concept, pool.labelled & (self.y == c)
         index, own = labels.nonzero()[:, 0], units.owner.index(c) if c in units.owner else None  # (n)
         share, unit = 0.0, -1
         if units.unnamed():
             of_label = units.of_classes(len(self.classes))[self.y]  # (N)
             member = torch.where(pool.labelled, of_label, concept).masked_fill(labels, -1)  # (N)
-            count = (h[index] @ self.centres(h, member).T).argmax(1).bincount()  # (n, U) -> (U)
+            count = (h[index] @ self.centres(h, member).T).argmax(1).bincount()
             unit, share = int(count.argmax()), float(count.max() / len(index))
-        if share > 0.5 and units.owner[unit] == UNNAMED:
+        if share > 0.5 and units.owner[unit] == UNNAMED and unit not in units.given:
             if own is not None:
                 self.release(own)
             units.owner[unit], units.age[unit] = c, 0

@@ -189,7 +189,7 @@ def test_images_change_as_in_torchvision(images):
     assert equal(augment.horizontal_flip(images, 1), TF.hflip(images))
 
 
-def test_the_generator_decides_for_each_image(images):
+def test_the_generator_decides(images):
     same = (255 * images[:1]).byte().repeat(64, 1, 1, 1)
     for view in (augment.random_resized_crop, augment.color_jitter, augment.pad_crop, augment.strong):
         out = view(same, generator=seeded(1))
@@ -206,7 +206,7 @@ def test_the_generator_decides_for_each_image(images):
     assert found.any((1, 2)).all() and found.any(0).sum() > 15
 
 
-def test_crops_are_sized_as_in_torchvision():
+def test_crops_are_torchvisions():
     from torchvision.transforms import RandomResizedCrop
 
     ramp = arange(32.0).expand(32, 32)  # a crop of width w has slope w / 32
@@ -218,7 +218,7 @@ def test_crops_are_sized_as_in_torchvision():
 
 
 @cases("shape", [(4, 3, 32, 32), (2, 3, 1, 1), (2, 1, 1, 9), (3, 3, 20, 48), (0, 3, 8, 8)])
-def test_any_shape_layout_and_dtype_is_augmented(shape):
+def test_any_shape_and_dtype_is_augmented(shape):
     views = "random_grayscale strong weak adjust_brightness adjust_contrast adjust_saturation adjust_hue"
     for dtype, view in itertools.product(DTYPES, views.split()):
         x = rand(shape).to(dtype)
@@ -259,7 +259,7 @@ def test_any_encoder_is_packed_and_loaded(name, tmp_path):
 
 
 @cases("size, patch", [(8, 1), (56, 7), (128, 16), (136, 17), (224, 16)])
-def test_encoders_take_images_of_their_size(size, patch):
+def test_encoders_have_a_size(size, patch):
     x = rand(1, 3, size, size)
     assert model.build("vgg11", 2, image_size=size).eval()(x)[0].isfinite().all()
     encoder = model.build("resnet18", 2, image_size=size).encoder
@@ -321,7 +321,7 @@ def test_bank_moves_by_its_momentum():
 
 
 @cases("n, k, true", [(300, 5, 5), (2000, 100, 40), (10_000, 100, 100)])
-def test_kmeans_is_as_good_as_scikit_learns(n, k, true):
+def test_kmeans_is_as_good(n, k, true):
     from sklearn.cluster import KMeans
 
     place = randint(true, (n,))
@@ -333,7 +333,7 @@ def test_kmeans_is_as_good_as_scikit_learns(n, k, true):
         assert (torch.cdist(x, centres).argmin(1) == index).float().mean() > 0.999
 
 
-def test_kmeans_of_fewer_rows_than_clusters():
+def test_kmeans_of_few_rows():
     index, centres = losses.kmeans(unit_rows(3, 4), 10)
     assert sorted(index.tolist()) == [0, 1, 2] and len(centres) == 3
     twins = unit_rows(2, 4).repeat(45, 1)
@@ -364,7 +364,7 @@ def test_local_aggregation_is_its_definition(n, b, k, repeats):
         same_gradients(ours, torch.stack(list(map(naive, z, index))), z)
 
 
-def test_of_a_large_bank_rows_take_turns():
+def test_rows_take_turns():
     bank, z, index, image = filled_bank(70, 8), unit_rows(12, 8, 2), arange(12), arange(70)
     active = image % 5 != 0
     for turn in range(5):
@@ -375,7 +375,7 @@ def test_of_a_large_bank_rows_take_turns():
 
 
 @cases("n, count, k", [(5, 0, 10), (5, 1, 10), (60, 20, 9), (80, 80, 3), (1, 1, 2)])
-def test_propagated_labels_follow_the_equations(n, count, k):
+def test_propagation_is_its_equations(n, count, k):
     rows = unit_rows(n, 6, 5, torch.float64)
     y = randint(3, (n,)) * 2  # no image of class 1 or 3
     labelled = torch.randperm(n) < count
@@ -392,7 +392,7 @@ def test_propagated_labels_follow_the_equations(n, count, k):
         assert_close((pseudo, confidence), (expected, share), atol=1e-4, rtol=1e-4)
 
 
-def test_aligned_votes_come_as_often_as_expected():
+def test_aligned_votes_are_as_expected():
     votes = F.normalize(rand(500, 4) * tensor([1, 5, 1, 2]), p=1, dim=1)
     due = tensor([2, 1, 1, 0])
     even, kept = losses.align(votes, due, rounds=100), votes[:, 3].mean()
@@ -505,7 +505,7 @@ def test_batch_norm_and_averages():
 
 
 @cases("name", ["cnn", "mobilenet_v3_small", "vit_b_32"])
-def test_weights_decay_that_may_be_pruned(name):
+def test_prunable_weights_decay(name):
     network = model.build(name, 3)
     optimizer = model.configure_optimizer(network, 0.1)
     model.set_learning_rate(optimizer, 0.03)
@@ -525,7 +525,7 @@ counts = st.lists(st.integers(0, 60), min_size=2, max_size=9)
 
 @any_example
 @given(counts, st.lists(fractions, max_size=5), st.sets(st.integers(0, 7)), seeds)
-def test_labels_leak_stratified_and_exactly(counts, shares, classes, seed):
+def test_labels_leak_exactly(counts, shares, classes, seed):
     y = arange(-1, len(counts) - 1).repeat_interleave(tensor(counts))
     y = y[torch.randperm(len(y), generator=seeded())]
     order = data.leak_order(y, seed)
@@ -551,7 +551,7 @@ def test_batches_cover_pool_and_labels():
     assert sorted(drawn.tolist()) == list(range(80))
 
 
-def test_unlabelled_images_and_taught_classes_stay():
+def test_unlabelled_and_taught_stay():
     y = arange(-1, 4).repeat_interleave(20)
     stages = [curriculum.Stage("", n, 2, 0.5, {}, 0.5, 0.0) for n in (2, 3, 4)]
     for pool in data.pools(stages, y, data.leak_order(y, 0), 4, 2, replay=3, taught=arange(4) == 3):
@@ -559,7 +559,7 @@ def test_unlabelled_images_and_taught_classes_stay():
         assert pool.taught.tolist() == [True, True, False, True] and pool.taught_before[3]
 
 
-def test_digits_held_out_chosen_and_reordered():
+def test_digits_held_out_and_reordered():
     d = data.load_dataset("digits")
     assert d.train_x.shape == (1347, 3, 32, 32) and d.train_x.dtype == torch.uint8
     assert d.train_y.dtype == torch.int64 and len(d.test_y) == 450 and d.classes == list("0123456789")
@@ -617,13 +617,13 @@ def alter(root, commands):
             do[verb](root / name, *(root / other for other in rest))
 
 
-# What is done to a folder (ANT: train/ant); images used of ant, bee, no label, test; notes, or a refusal.
+# Done to a folder; images of ant, bee, no label, test; notes, or a refusal.
 FOLDERS = """\
 mv test val
 3 3 0 6; train: 6 images (ant 3, bee 3); test: 6 images (ant 3, bee 3)
 
-mv test validation
-3 3 0 6
+mv ANT train/unknown
+!: no class may be called 'unknown'
 
 rm test
 2 2 0 2 ... test, a tenth of each class held out of train: 2 images
@@ -830,7 +830,7 @@ def step(optimizer, loss):
 
 @cases("make", [SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @cases("kind", [partial(nn.Linear, bias=False), model.CosineHead])
-def test_other_rows_and_hooks_are_left_alone(make, kind):
+def test_other_rows_are_left_alone(make, kind):
     plain, seen = kind(6, 5), []
     head = copy.deepcopy(plain)
     head.weight.register_hook(seen.append)
@@ -891,7 +891,7 @@ trained("Adafactor") | trained("LBFGS") | trained("Rprop"): grow_head(m, m.sgd) 
 
 @pytest.mark.filterwarnings("ignore")
 @cases("line", WRONG.splitlines())
-def test_a_misfit_is_refused_and_changes_nothing(line):
+def test_a_misfit_changes_nothing(line):
     makes, calls = line.split(": ", 1)
     for make, call in itertools.product(makes.split(" | "), calls.split(" | ")):
         m = eval(make)
@@ -923,7 +923,7 @@ def test_arithmetic_stays_in_float32(dtype):
     assert (head.weight != 0).sum() == 32
 
 
-def test_an_imprinted_unit_takes_little_from_others():
+def test_an_imprinted_unit_takes_little():
     h, others = (randn(205, 8) + 1).split([5, 200])
     for head, *rest in ((nn.Linear(8, 4, bias=False), others), (model.CosineHead(8, 4),)):
         gp.imprint(head, 3, h, *rest)  # at first, the mean direction
@@ -947,7 +947,7 @@ def test_the_discriminant_is_fishers():
     assert gp.discriminant(own, others[:1], kind[:1]).isfinite().all()  # one image has no covariance
 
 
-def test_units_are_recycled_but_not_named_ones():
+def test_named_units_are_not_recycled():
     head, units, p = model.CosineHead(5, 2), gp.Units([3, 1]), tensor([0.5, 0.5, 0.0])
     assert units.allocate(head, None, UNNAMED) == (2, "grown") and head.out_features == 3
     assert units.of_classes(5).tolist() == [-1, 1, -1, 0, -1]
@@ -995,7 +995,7 @@ def test_growing_and_pruning_in_any_order(todo, seed):
         assert not any(net.get_parameter(name)[: len(m)][~m].any() for name, m in masks.items())
 
 
-def test_the_smallest_weights_and_whole_filters_go():
+def test_weights_and_filters_go():
     net = nn.Sequential(*chain(8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     net.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
     net.heads, net.wide = nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 1, kdim=2)
@@ -1043,7 +1043,7 @@ def crowd(classes, size, seed, named):
     return h, y, (rand(len(y), generator=seeded(seed + 100)) < 0.1) & (y < named)
 
 
-def test_a_nameless_kind_is_found_after_some_looks():
+def test_a_kind_is_found_after_looks():
     for named, size, options, when in (
         (4, 150, (0.2, 3, 4), [2, 7]),  # and after four looks without a find
         (5, 150, (), []),  # all are named
@@ -1063,7 +1063,7 @@ def test_a_nameless_kind_is_found_after_some_looks():
         assert found == when
 
 
-def test_a_kind_is_found_beside_a_denser_class():
+def test_a_kind_is_found_beside_a_class():
     h, y, labelled = crowd(5, 150, 0, 4)
     index = ((y < 4) & ~labelled | (y == 4) & (arange(750) % 2 == 0)).nonzero()[:, 0]
     monitor, groups = gp.ConfusionMonitor(750, patience=1, cooldown=-1), []
@@ -1074,7 +1074,7 @@ def test_a_kind_is_found_beside_a_denser_class():
 
 
 def nameless(kinds=5, units=4, wrap=None, truth=True):
-    """A manager, its pool, embeddings: classes 0 to 3 have some labels, the other kinds none."""
+    """A manager, its pool, embeddings; classes 0 to 3 have some labels."""
     h, y, labelled = crowd(kinds, 150, 0, 4)
     torch.manual_seed(0)
     h, network, head = F.normalize(h, dim=1), nn.Module(), model.CosineHead(16, units)
@@ -1260,7 +1260,7 @@ def test_embedding_changes_nothing():
     exact(network.state_dict(), before)
 
 
-def test_gcd_accuracy_is_one_match_over_all():
+def test_gcd_accuracy_is_one_match():
     for seed in range(6):
         unit, y = randint(-1, 4, (2, 40), generator=seeded(seed))  # -1: none
         right = (tensor([*match, 9])[unit] == y for match in itertools.permutations(range(4)))
@@ -1289,7 +1289,7 @@ def test_concepts_are_the_best_units():
     assert ev.concept_scores(unit[:0], y[:0], [], [5])["concepts_true"] == 0
 
 
-def test_temperature_and_calibration_error():
+def test_calibration_error():
     logits = 9 * unit_rows(4000, 5)
     y = torch.multinomial((logits / 2.5).softmax(1), 1, generator=seeded(1))[:, 0]
     closed = F.pad(logits, (0, 1), value=-math.inf)
@@ -1393,6 +1393,7 @@ def test_files_are_answered_on_a_poor_terminal(answering, tmp_path, monkeypatch)
     assert all((row["error"] > "") == ([*row.values()][1:5] == [""] * 4) for row in rows)
     assert rows[1] == rows[7] and 0 < float(rows[1]["confidence"]) <= 1
     assert Path("猫.png").stat().st_size > 10_000
+    assert ev.main([str(answering[0]), "--predict", "猫.png", "--out", "猫.csv"]) == 2
 
 
 def test_a_person_names_units(answering, tmp_path, capsys):
@@ -1521,7 +1522,7 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
         assert words in refused(capsys, ev.main, args.split())
 
 
-def test_the_snippets_of_the_readme_run(answering, tmp_path, monkeypatch):
+def test_readme_snippets_run(answering, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(answering[0].parent, "RUN")
     text, (h, y, labelled) = (HERE / "README.md").read_text("utf-8"), crowd(3, 60, 0, 2)
@@ -1573,7 +1574,7 @@ def table(run):
 
 
 def end_of(run):
-    """All that a run has left, bit for bit, but for times and flags."""
+    """All that a run has left but times and flags."""
     apart = dict.fromkeys(("seconds", "images_per_second", "args", "rows"))
     ends = saved_in(run) | apart, json_of(run) | apart, table(run), (run / "events.csv").read_text()
     return [t.numpy().tobytes() if torch.is_tensor(t) else t for t in tree_leaves(ends)]
@@ -1596,7 +1597,7 @@ def runs(tmp_path_factory):
 
 
 @cases("name", curriculum.CURRICULA)
-def test_every_curriculum_leaves_its_figures(runs, name):
+def test_every_curriculum_leaves_figures(runs, name):
     run, taught = runs / name, name not in ("self", "self-known")
     summary, flags = json_of(run), json_of(run, "args")
     assert {*"probe probe_leaked knn ari old_accuracy new_accuracy forgetting seconds".split()} <= {*summary}
@@ -1658,7 +1659,7 @@ def test_a_stopped_run_ends_the_same(runs, tmp_path, capsys, monkeypatch):
     assert contents(out).keys() == contents(runs / "other seed").keys()
 
 
-def test_signals_end_a_run_as_ctrl_c_does(tmp_path):
+def test_signals_end_as_ctrl_c(tmp_path):
     pipes, runs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), {}
     for number in (signal.SIGTERM, signal.SIGHUP):
         command = [*SCRIPT, *TINY.split(), "--epochs=999", f"--out={tmp_path / str(number)}"]
@@ -1672,7 +1673,7 @@ def test_signals_end_a_run_as_ctrl_c_does(tmp_path):
         assert saved_in(tmp_path / str(number))["rows"]
 
 
-def test_a_weight_that_is_not_finite_is_named():
+def test_an_infinite_weight_is_named():
     network = model.build("cnn", 3)
     network.head.weight.data[1, 2] = math.inf
     with pytest.raises(FloatingPointError, match="'head.weight' in epoch 1 is not finite; there is no"):
@@ -1700,7 +1701,7 @@ BAD_VALUES = f"""
 --out /proc/run | /proc/run
 --out . | is not an empty folder
 --out mine.txt | is not an empty folder
---out mine.txt/run | Not a directory
+--from x --known-classes 9 | --late decides
 """
 
 
@@ -1755,7 +1756,7 @@ def test_several_runs_go_on(capsys, tmp_path):
 
 
 def bars(root, classes, unlabelled=0):
-    """Noisy bars, at another place for every class: a folder data set, as a flag."""
+    """Noisy bars, elsewhere for each class: a folder, as a flag."""
     files, generator = {f"unlabelled/{i}.png": i % 4 for i in range(unlabelled)}, seeded()
     for c, name in enumerate(classes.split()):
         files |= {f"{'train' if i < 8 else 'test'}/{name}/{i}.png": c for i in range(12)}
@@ -1772,7 +1773,7 @@ SMALL = f"{OWN} --model cnn --image-size 16"
 
 
 @cases("name", curriculum.CURRICULA)
-def test_every_curriculum_uses_unlabelled_images(tmp_path, name, capsys):
+def test_curricula_use_unlabelled_images(tmp_path, name, capsys):
     folder, out = bars(tmp_path, "ant bee cat", unlabelled=20), tmp_path / "run"
     assert start(out, f"{folder} {SMALL} --curriculum {name}") == 0
     told, labels = capsys.readouterr().out, json_of(out)["labels_used"]
@@ -1801,23 +1802,28 @@ def test_class_flags_combine_and_data_moves(tmp_path, capsys, monkeypatch):
     assert start(held, f"{flags} {SMALL}") == 0 and saved_in(held)["answering"]["limit"] < 2
 
 
-# A curriculum, and the classes of the new folder.
-NEXT = "self bee elk,gradual ant bee cat dog,semi bee elk,gradual bee elk,gradual ant cat,gradual dog elk"
+# Curriculum, classes.
+NEXT = "supervised ant bee,self bee elk,gradual ant bee cat dog,semi bee elk"
+NEXT += ",gradual ant cat,gradual dog elk"
 
 
 def test_an_earlier_run_goes_on(tmp_path, capsys):
-    earlier = tmp_path / "earlier"
-    assert start(earlier, f"{bars(tmp_path, 'ant bee cat')} {SMALL} --label-budget 0.5") == 0
+    earlier, folder = tmp_path / "earlier", bars(tmp_path, "ant bee cat")
+    assert start(tmp_path / "infant", f"{folder} {SMALL} --curriculum self") == 0
+    assert start(earlier, f"{folder} {SMALL} --label-budget 0.5") == 0
     before = contents(earlier)
     for case in NEXT.split(","):
         (name, classes), root = case.split(maxsplit=1), tmp_path / case.replace(" ", "-")
-        out, flags = root / "run", f"{bars(root, classes)} {OWN} --from {earlier} --curriculum {name}"
+        known = {"ant", "bee", "cat"} if name != "supervised" else set()
+        out, source = root / "run", earlier if known else tmp_path / "infant"
+        flags = f"{bars(root, classes)} {OWN} --from {source} --curriculum {name}"
         assert start(out, f"{flags} --epochs 5 --label-budget 0.5") == 0
         taught, old = classes.split() if name != "self" else [], classes != "dog elk"
-        assert {*filter(None, saved_in(out)["names"])} == {"ant", "bee", "cat", *taught}
-        assert (json_of(out)["old_accuracy_before"] is not None) == old
-        first = saved_in(out)["rows"][0]  # labels, pruned weights
+        assert {*filter(None, saved_in(out)["names"])} == {*known, *taught}
+        assert (json_of(out)["old_accuracy_before"] is not None) == bool(old and known)
+        first, *_, last = saved_in(out)["rows"]
         assert (first["labels"] > 0) == (old and name != "self") and first["sparsity"] > 0.7
+        assert (last["loss_propagation"] is not None) == ("ant bee cat" in classes)
         assert "--from decides --model" in refused(capsys, train.main, [*flags.split(), "--model=cnn"])
     assert contents(earlier) == before
     earlier.rename(tmp_path / "gone")  # no longer needed
@@ -1877,7 +1883,7 @@ def test_a_step_never_waits_for_the_device(device, monkeypatch):
 
 
 @needs_a_gpu
-def test_a_run_goes_on_from_device_to_device(tmp_path, monkeypatch):
+def test_a_run_changes_the_device(tmp_path, monkeypatch):
     write, out = data.write_atomically, tmp_path / "run"
 
     def stop(path, content, mark=""):

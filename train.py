@@ -1,12 +1,12 @@
 """Train an image encoder by gradual supervision: `python train.py --curriculum gradual`.
 
-Read `train`, the loop: in each epoch classes arrive and get names, all images get targets, steps are taken,
-and what was learned is pruned, evaluated, logged and saved.
+Read `train`: in each epoch classes arrive and get names, images get targets, steps are taken, and what was
+learned is pruned, evaluated, logged and saved.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads sleep
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import copy
 import ctypes
@@ -41,7 +41,7 @@ TERMS = ("ntxent", "aggregation", "propagation", "supervised")  # of the loss
 VERSION = 7  # of the checkpoint
 
 
-# ---- what a run is made of ----
+# ---- the parts ----
 
 
 class State:
@@ -59,20 +59,20 @@ class State:
             pruned = min(args.prune, grow_prune.sparsity_of(encoder))
             self.masks = grow_prune.prune_smallest(encoder, pruned)
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
-        self.ema = copy.deepcopy(self.network)  # mean teacher: votes, answers
+        self.ema = copy.deepcopy(self.network)  # votes, answers
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
         self.answering = None  # of `evaluate.answers`
         self.before = None  # --from: accuracy on old classes
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
-        watched = data.sample(y >= -1, count, args.seed)  # to seek kinds in
+        watched = data.sample(y >= -1, count, args.seed)
         parts = y, watched, classes, owner, args.seed
         embed = partial(evaluate.embed, bf16=self.bf16)
         self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
 
     def embed(self, x: Tensor, part: str = "h") -> Tensor:
-        """What the EMA makes of images x [N,3,H,W]."""
+        """What the EMA makes of x [N,3,H,W]."""
         return evaluate.embed(self.ema, x, part, bf16=self.bf16)
 
     def state_dict(self) -> dict:
@@ -83,9 +83,9 @@ class State:
     def load_state_dict(self, saved: dict) -> None:
         """The reverse."""
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-        for name in ("network", "ema", "optimizer"):
+        for name in "network", "ema", "optimizer":
             getattr(self, name).load_state_dict(saved[name])
-        for name in ("rows", "first_sight", "answering", "before"):
+        for name in "rows", "first_sight", "answering", "before":
             setattr(self, name, saved[name])
         self.head.load_state_dict(saved)
         device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
@@ -96,13 +96,13 @@ class State:
 class Targets:
     """What the N images teach in one epoch; the head has U units."""
 
-    mix: dict[str, float]  # weight of each loss term
+    mix: dict[str, float]  # weights of TERMS
     active: Tensor  # bool [N], in the pool
     in_use: Tensor  # bool [U], units in the softmax
     label: Tensor  # int64 [N], unit of the label, or -1
     pseudo: Tensor  # int64 [N], unit of the pseudo-label, or -1
-    confidence: Tensor  # float32 [N], of the pseudo-labels
-    clusters: Tensor | None  # int64 [3,N], k-means of the memory bank
+    confidence: Tensor  # float32 [N], of pseudo
+    clusters: Tensor | None  # int64 [3,N], of the bank
 
 
 def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
@@ -113,13 +113,13 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
-    if mix["aggregation"]:  # 42 a cluster, as in the paper
+    if mix["aggregation"]:  # 42 a cluster
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
     if mix["propagation"]:
-        unknown = len(units.owner)  # one more, for what no name or unit explains
+        unknown = len(units.owner)  # one more, for the unexplained
         count = votes[pool.labelled].bincount(minlength=unknown + 1)  # (U + 1)
-        balance = count + (count > 0).float() if align else True  # 1 more: few tell no share
+        balance = count + (count > 0).float() if align else True  # few tell no share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         options = dict(k=50, temperature=0.1, balance=balance)
@@ -128,9 +128,6 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
     label = torch.where(pool.labelled, votes, -1)
     return Targets(mix, pool.active, units.in_use(pool.taught), label, pseudo, confidence, clusters)
-
-
-# ---- the step ----
 
 
 def train_step(state, dataset, targets: Targets, decay: float, generator, turn: int, index) -> Tensor:
@@ -150,7 +147,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
     if mix["ntxent"]:
         pseudo = targets.pseudo[index]  # (B)
-        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # images of a kind are no negatives
+        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # no negatives of a kind
         terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
     if mix["aggregation"]:
         terms["aggregation"] = losses.local_aggregation(z, index2, bank, targets.clusters, near)
@@ -166,7 +163,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     state.optimizer.zero_grad()
     sum(mix[term] * loss for term, loss in terms.items()).backward()
     state.optimizer.step()
-    grow_prune.apply_masks(state.network.encoder, state.masks)  # momentum revives weights
+    grow_prune.apply_masks(state.network.encoder, state.masks)
     model.update_ema(state.ema, state.network, decay)
     bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
@@ -190,7 +187,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
     pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
-    names = saved["names"] if saved else earlier.names if earlier else range(stages[0].classes)
+    names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
 
@@ -213,11 +210,13 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images"
         + ", all there are" * (args.batch_size >= len(y)),
     ]
+    notes += ["one epoch is too few for labels"] * (stages[-1].name == "infancy")
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
-        seed = (args.seed << 20) + epoch  # drawn alike if resumed
+        mix = mix | {"propagation": 0.0} if head.lacks_labels(pool) else mix
+        seed = (args.seed << 20) + epoch  # alike if resumed
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
@@ -232,7 +231,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             h = F.normalize(state.embed(x), dim=1) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
         before = pool.taught_before
-        for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or args.taught else ():
+        for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or earlier else ():
             head.name_class(pool, c, votes, h)
             if c >= known and before.any():
                 among = before.index_fill(0, torch.tensor(c, device=device), True)
@@ -255,7 +254,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             rate = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
             model.set_learning_rate(state.optimizer, rate)
             record[step] = functions[step % len(functions)](index)
-        functions = None  # frees memory
+        functions = None
         stop_if_not_finite(record, state.network, epoch)
 
         # 4. Prune, evaluate, log, checkpoint.
@@ -274,7 +273,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         for name, *table in ("log", state.rows), ("events", head.events, grow_prune.EVENT):
             evaluate.say_once(data.write_table(f"{args.out}/{name}.csv", *table))
         save()
-        happened = [event for event in head.events if event["epoch"] == epoch + 1]
+        happened = [e for e in head.events if e["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
     model.set_learning_rate(state.optimizer, 0.0)  # resumed, too
     finish(args, state, dataset, stages, pools, leak, save)
@@ -298,7 +297,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
         if labels and (args.curriculum == "gradual" or last):
             near = head.neighborhood(pool, pool.labelled)  # (M)
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
-            labelled, limit = pool.labelled[near], grow_prune.threshold(near_h, pool.labelled[near])
+            labelled = pool.labelled[near]
+            limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
             told = {"h": near_h.half(), "labelled": labelled, "limit": limit, "unnamed": unnamed}
             state.answering = told | {"temperature": 1.0}
             if args.curriculum == "gradual":
@@ -331,7 +331,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
-        **{kind: [event["event"] for event in head.events].count(kind) for kind in ("opened", "named")},
+        **{kind: sum(e["event"] == kind for e in head.events) for kind in ("opened", "named")},
         "labels_used": int(torch.stack([pool.labelled for pool in pools]).any(0).sum()),
     }
     here, named, unnamed = pool.active & true, taught[test_y].nonzero()[:, 0], head.units.unnamed()
@@ -344,7 +344,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
-        # Training raises claims. Half of these fit the temperature, half test it.
+        # Training raises claims. Half fit the temperature, half test it.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
@@ -364,12 +364,12 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
         sure = (logits / told["temperature"]).softmax(1).amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
-        draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on the test images")
+        draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
         unit = unit.masked_fill(~pool.active | unknown & (head.units.owners()[unit] >= 0), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
-    if unnamed:
+    if unnamed := [u for u in unnamed if u not in head.given]:
         count = sum(int((unit == u).sum()) for u in unnamed)
         print(f"Units {unnamed} have no name, for {count:,} images. Look at {out}/concepts.png, then:")
         print(f"python evaluate.py {shlex.quote(args.out)} --name {unnamed[0]}=NAME")
@@ -383,14 +383,14 @@ FLAGS = """
 --known-classes 1..: at the start; 7 of 10, of a folder all
 --late text: NAME,NAME: come late
 --never-named 0..=0: last classes without label
---class-order 0..=0: seed of the classes' order
+--class-order 0..=0: seed of the order
 --replay 1..: images kept of earlier classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
 --image-size 8..224: a multiple of 8; 32
 --per-class 1..: training images of a class; all
 --inject text: late classes: cifar100:wolf,tank
---from path: earlier run to start from
+--from path: run to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
 --epochs 1..: of as many images as there are
 --min-steps 1..: least steps in an epoch
@@ -404,7 +404,7 @@ FLAGS = """
 --embedding text=tsne: of embedding.png
 --out path: run folder; one in runs/
 --resume path: run to go on with, or that in --out
-"""  # name, range or type = default, help; 0..=0: from 0 on, by default 0
+"""  # name, range or type = default, help; 0..=0: from 0 on, 0
 
 
 def within(bounds: str):
@@ -470,30 +470,31 @@ def load(args) -> data.Dataset:
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
     dataset = data.reorder(replace(dataset, classes=classes), [classes.index(name) for name in order])
 
-    y, n, known = dataset.train_y, len(order), curriculum.default_known(len(own))
-    known = len({*taught, *first}) if args.late or args.dataset.startswith("folder:") else known
+    y, n, whole = dataset.train_y, len(order), args.late or args.dataset.startswith("folder:")
+    known = len(first) if whole else curriculum.default_known(len(own))
     args.known_classes = args.known_classes or len(taught) or known
     if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
         raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
     args.batch_size = min(args.batch_size, max(2, len(y)))
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
-    for c in range(len(taught), n):
+    for c, name in enumerate(order):
         count = int((y == c).sum())
-        if not count or not (dataset.test_y == c).any():
-            raise ValueError(f"class '{order[c]}' has no {'test' if count else 'training'} image")
-        few = c < n - args.never_named and count * args.label_budget < 0.5
+        if c >= len(taught) and not (count and (dataset.test_y == c).any()):
+            raise ValueError(f"class '{name}' has no {'test' if count else 'training'} image")
+        few = c < n - args.never_named and count and count * args.label_budget < 0.5
         if few and args.curriculum in ("gradual", "semi", "labels-only"):
-            raise ValueError(f"--label-budget {args.label_budget} leaves '{order[c]}' no label of {count}")
+            raise ValueError(f"--label-budget {args.label_budget} leaves '{name}' no label of {count}")
     return dataset
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint, earlier network: all checked before a folder is made."""
+    """Settings, data, checkpoint, earlier network: checked before a folder is made."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
-        if args.late and args.known_classes or args.origin and (args.model or args.image_size):
-            raise ValueError("--late decides --known-classes, --from decides --model and --image-size")
+        given = args.model or args.image_size or args.known_classes
+        if args.late and args.known_classes or args.origin and given:
+            raise ValueError("--late decides --known-classes, --from decides --model and --image-size, too")
     else:
         given = {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
         moved = given & {"--device", "--data-dir", "--dataset"}
