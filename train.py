@@ -59,7 +59,7 @@ class State:
             pruned = min(args.prune, grow_prune.sparsity_of(encoder))
             self.masks = grow_prune.prune_smallest(encoder, pruned)
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
-        self.ema = copy.deepcopy(self.network)  # votes, answers
+        self.ema = copy.deepcopy(self.network)  # answers
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
@@ -494,7 +494,7 @@ def setup(args, argv: list[str]) -> tuple:
     if args.resume is None:
         given = args.model or args.image_size or args.known_classes
         if args.late and args.known_classes or args.origin and given:
-            raise ValueError("--late decides --known-classes, --from decides --model and --image-size, too")
+            raise ValueError("--late decides --known-classes; --from decides --model, --image-size and that")
     else:
         given = {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
         moved = given & {"--device", "--data-dir", "--dataset"}
