@@ -39,7 +39,7 @@ NO_IMAGE = "not an image that Pillow opens"
 
 @dataclass
 class Dataset:
-    """Images uint8 [N,3,S,S], labels int64 [N] (-1: none), and how images may be changed."""
+    """Images, labels, and how images may be changed."""
 
     train_x: Tensor
     train_y: Tensor
@@ -61,17 +61,17 @@ class Dataset:
 # ---- loading ----
 
 
-def load_dataset(name: str, root="data", download: bool = True, image_size: int = 32) -> Dataset:
+def load_dataset(name: str, root="data", download=True, image_size: int = 32, least: int = 2) -> Dataset:
     """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
-    The torchvision sets are in the folder `root`, to which `download` fetches them. Raises ValueError, in one
-    line, or OSError.
+    The torchvision sets are in the folder `root`, to which `download` fetches them. least: of classes in a
+    folder. Raises ValueError, in one line, or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in DATASETS and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
         folder = root / name
     if folder != name:
-        splits, classes, notes = read_folder(folder, image_size)
+        splits, classes, notes = read_folder(folder, image_size, least)
     elif name == "digits":
         splits, classes = read_digits(image_size)
     elif name in DATASETS:
@@ -132,7 +132,7 @@ def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
 
 
 def read_digits(size: int) -> tuple[tuple, list[str]]:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; a fixed, stratified quarter is the test set."""
+    """scikit-learn's 1,797 handwritten digits; a fixed, stratified quarter is the test set."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -173,17 +173,17 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
 # ---- folders of images ----
 
 
-def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str]]:
+def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[str], list[str]]:
     """Read PATH/train/<class>/*, PATH/unlabelled/* and PATH/test/<class>/* as RGB images of size x size.
 
     unlabelled/ is optional and may be nested. test/ may be called val/, valid/ or validation/; without it a
     tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
-    PATH/.cache-SIZE.pt keeps the result until a file changes.
+    PATH/.cache-SIZE.pt keeps the result of readable files until one changes.
 
     Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes. ValueError for another layout.
     """
     path = os.path.normpath(os.path.expanduser(path))
-    files, classes, told = list_folder(path)
+    files, classes, told = list_folder(path, least)
     places = [f"{path}/{file}" for file in files]
     stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
     facts = ascii((size, list(files), list(told.items()), stamps)).encode()
@@ -226,12 +226,13 @@ def read_folder(path: str | Path, size: int) -> tuple[tuple, list[str], list[str
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
     kept = {"signature": signature, "splits": splits, "notes": notes}
-    with suppress(OSError, RuntimeError):  # the folder may be read-only
-        write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
+    with suppress(OSError, RuntimeError):  # a read-only folder
+        if not told["unreadable"]:
+            write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
     return splits, classes, notes
 
 
-def list_folder(path: str) -> tuple[dict, list[str], dict]:
+def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
     """{file: (split, class or "")}, the classes, and {kind: files that are not read}."""
     beside = [name for name in sorted(os.listdir(path)) if name[0] != "."] if os.path.isdir(path) else []
     if not os.path.isdir(f"{path}/train"):
@@ -256,7 +257,7 @@ def list_folder(path: str) -> tuple[dict, list[str], dict]:
     for name in classes * len(test):
         if (test[0], name) not in there:
             raise wrong(f"{path}: class '{name}' must be in both train and test, but is not in {test[0]}")
-    if len(classes) < 2:
+    if len(classes) < least:
         raise wrong(f"{path}/train: at least two classes with images are needed, not {classes}; {LAYOUT}")
     return files, classes, told
 
@@ -375,21 +376,21 @@ def class_subset(dataset: Dataset, per_class: int, seed: int) -> Dataset:
 
 
 def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
-    """A random `share` of each class's training images, always the same ones, in place of the test images."""
+    """A random but fixed `share` of each class's training images in place of the test images."""
     x, y = dataset.train_x, dataset.train_y
     held = label_mask(leak_order(y, seed=2**20), y, share, range(len(dataset.classes)))
     return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
 
 
 def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
-    """Append classes of another data set: spec "DATASET:class[,class]", for instance "cifar100:wolf,tank".
+    """Append classes of another data set: spec "DATASET:class[,class]".
 
     Unlabelled images stay out. ValueError if something is not there.
     """
     source, _, text = spec.rpartition(":")
     if not text or source in ("", "folder"):
         raise wrong(f"--inject '{spec}' must be DATASET:class[,class], as cifar100:wolf,tank")
-    other = load_dataset(source, root, download, dataset.train_x.shape[-1])
+    other = load_dataset(source, root, download, dataset.train_x.shape[-1], 1)
     names = [text] if text in other.classes else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in other.classes:
@@ -481,7 +482,7 @@ def sample(mask: Tensor, count: int, seed: int) -> Tensor:
 
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` entries of pool [M]: whole random permutations, the last one cut off. int64 [count]."""
+    """`count` entries of pool [M]: whole random permutations, the last cut off. int64 [count]."""
     rounds = math.ceil(count / len(pool))
     return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
 
@@ -500,7 +501,7 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
 
 
 def reorder(dataset: Dataset, order: Sequence[int]) -> Dataset:
-    """The data set with classes renumbered by their place in `order`: order[0] becomes 0; -1 stays."""
+    """The data set with classes renumbered by their place in `order`: order[0] becomes 0."""
     rank = torch.tensor([*torch.as_tensor(order).argsort(), -1], device=dataset.train_y.device)
     classes = [dataset.classes[c] for c in order]
     return replace(dataset, train_y=rank[dataset.train_y], test_y=rank[dataset.test_y], classes=classes)
@@ -554,7 +555,7 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
 
 
 def write_table(path, rows: list[dict], columns=None) -> str | None:
-    """`write_csv`, and None, or a warning in one line if the file may not be replaced."""
+    """`write_csv`; None, or a warning in one line if the file may not be replaced."""
     try:
         write_csv(path, rows, columns)
     except PermissionError as error:

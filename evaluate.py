@@ -794,7 +794,7 @@ def predict(source, paths, table):
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
         images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
-        said, notes = answers(network, images), notes | dict.fromkeys(told)
+        said, notes = answers(network, images), notes | {re.sub(r" \(\d+\)", "", note): 0 for note in told}
         columns = said["answer"], *(said[key].tolist() for key in keys[1:])
         for file, error, *values in zip(files[i : i + 2048], errors, *columns, strict=True):
             values = dict(zip(keys, [None] * 4 if error else values, strict=True))
@@ -807,7 +807,7 @@ def predict(source, paths, table):
 
 
 def draw_predictions(path, files, rows, size):
-    """A contact sheet of the surest, least sure, unknown answers."""
+    """A sheet of the surest, least sure, unknown answers."""
     from train import data
 
     good = sorted((i for i, row in enumerate(rows) if not row["error"]), key=lambda i: -rows[i]["confidence"])
@@ -820,10 +820,7 @@ def draw_predictions(path, files, rows, size):
 
 
 def name_units(path, pairs):
-    """Give units that were found without labels the names of UNIT=NAME, in the checkpoint.
-
-    The name of a class joins the unit to it.
-    """
+    """Give units found without labels the names of UNIT=NAME; that of a class joins the unit to it."""
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
@@ -861,7 +858,7 @@ def act(args):
     if args.name:
         return name_units(source, args.name)
     if args.predict:
-        return predict(source, args.predict, out.with_suffix(".csv"))
+        return predict(source, args.predict, Path(f"{out}".removesuffix(".csv") + ".csv"))
     folders = runs_among(args.runs)
     if not folders:
         raise ValueError(f"{run}: not a run folder")

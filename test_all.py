@@ -233,7 +233,7 @@ ENCODERS = {"cnn": 128, "vgg16": 512, (8, "M", 8): 8, "mobilenet_v3_small": 1024
 
 
 @cases("name", ENCODERS)
-def test_any_encoder_is_packed_and_loaded(name, tmp_path):
+def test_any_encoder_is_packed(name, tmp_path):
     network, path = model.build(name, 3, 16, mean=(0.1, 0.2, 0.3), image_size=40).eval(), tmp_path / "net.pt"
     network.names, network.answering = ["a", None, "猫"], {"limit": 0.5, "h": torch.ones(2, 4).half()}
     x, before = rand(2, 3, 40, 40), torch.get_rng_state()
@@ -425,7 +425,7 @@ def everything(x):
     return [bank.rows, *found, *losses.kmeans(x, 4, generator=seeded())], gradients
 
 
-def test_autocast_dtype_and_chunks_change_nothing(monkeypatch):
+def test_autocast_dtype_and_chunks(monkeypatch):
     for dtype in DTYPES:
         x = unit_rows(200, 16).to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
@@ -525,7 +525,7 @@ counts = st.lists(st.integers(0, 60), min_size=2, max_size=9)
 
 @any_example
 @given(counts, st.lists(fractions, max_size=5), st.sets(st.integers(0, 7)), seeds)
-def test_labels_leak_exactly(counts, shares, classes, seed):
+def test_labels_leak(counts, shares, classes, seed):
     y = arange(-1, len(counts) - 1).repeat_interleave(tensor(counts))
     y = y[torch.randperm(len(y), generator=seeded())]
     order = data.leak_order(y, seed)
@@ -583,7 +583,10 @@ def test_digits_held_out_and_reordered():
 
 
 def test_a_folder_and_its_cache(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "set", per_class=4)
+    root, read = make_folder(tmp_path / "set", per_class=4), data.read_image
+    with monkeypatch.context() as patch:  # a failure is no fact
+        patch.setattr(data, "read_image", lambda name: read(name) if name[-5] != "3" else 1 / 0)
+        assert len(load(root).train_x) == 6
     d = load(root)
     assert d.train_x.shape == (8, 3, 32, 32) and d.train_y.tolist() == [0] * 4 + [1] * 4
     moments = torch.stack(torch.std_mean(d.train_x.double() / 255, (0, 2, 3), correction=0))
@@ -674,7 +677,7 @@ rm test;rm ANT;add ANT/x.png
 
 
 @cases("row", FOLDERS)
-def test_folders_are_used_or_refused(tmp_path, monkeypatch, row):
+def test_folders(tmp_path, monkeypatch, row):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     make_folder(tmp_path)
     commands, told = row.split("\n")
@@ -780,7 +783,7 @@ def test_real_data_where_they_are(name, first):
         assert np.allclose(d.mean, (0.4914, 0.4822, 0.4465), 0, 1e-4)
 
 
-def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_download(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", fails(urllib.error.URLError("no network")))
     for name in data.ARCHIVES:
         rejects("is not there and could not be downloaded", data.load_dataset, name, tmp_path / "a/data")
@@ -973,7 +976,7 @@ actions = st.sampled_from("step recycle grow prune filters".split())
 
 @any_example
 @given(st.lists(st.tuples(actions, fractions), max_size=12), seeds)
-def test_growing_and_pruning_in_any_order(todo, seed):
+def test_growing_and_pruning(todo, seed):
     torch.manual_seed(seed)
     net = nn.Sequential(*chain(5), nn.Flatten(), model.CosineHead(5, 2))
     head, units, masks, share = net[5], gp.Units([0, 1]), {}, {"prune": 0.0, "filters": 0.0}
@@ -1054,7 +1057,7 @@ def test_a_kind_is_found_after_looks():
         found, labelled = [], crowd(5, size, 0, named)[2]
         monitor, index = gp.ConfusionMonitor(len(labelled), *options), (~labelled).nonzero()[:, 0]
         for look in range(12):
-            h, y, _ = crowd(5, size, look, named)  # the same images, a little moved
+            h, y, _ = crowd(5, size, look, named)
             claims, limit = gp.claim(h[index], h, labelled), gp.threshold(h, labelled)
             group = monitor.find_concept(index, claims, limit, h[index], h[labelled], y[labelled])
             if group is not None:
@@ -1160,7 +1163,7 @@ def test_units_merge_and_split():
         manager.units.age, manager.units.utility = [9 * bool(told)] * 7, zeros(7)
         found = review(manager, pool, h, y)
         assert found[0] == kinds[0] and sorted(found) == sorted(kinds) and happened(manager) == events
-        best = manager.predict(h, pool.taught)[0].view(7, -1)[5:]  # of kinds 5 and 6
+        best = manager.predict(h, pool.taught)[0].view(7, -1)[5:]
         assert ((best == tensor(found[1:])).float().mean(1) > 0.9).all()
         manager.release(5)
         assert (manager.monitor.concept == 5).any() == (5 in told)
@@ -1360,7 +1363,7 @@ def answering(tmp_path_factory):
     return path, x
 
 
-def test_answers_are_names_units_and_unknown(answering):
+def test_answers(answering):
     path, x = answering
     network = model.load(path)
     said = ev.answers(network, x, batch_size=7)
@@ -1372,28 +1375,28 @@ def test_answers_are_names_units_and_unknown(answering):
     assert ev.answers(network, x)["answer"] == ["unknown"] * 24 + ["unit 2"] * 12
 
 
-def test_files_are_answered_on_a_poor_terminal(answering, tmp_path, monkeypatch):
+def test_files_are_answered(answering, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pictures/a, b").mkdir(parents=True)
     for i, image in enumerate(answering[1][::6]):
         TF.to_pil_image(image).resize((40, 32)).save(f"pictures/a, b/猫_{i}.png")
     Path("pictures/torn.png").write_bytes(b"torn")
-    paths = ["pictures", "pictures/a, b/猫_0.png", "none.png", "--out", "猫.csv"]
+    paths = ["pictures", "pictures/a, b/猫_0.png", "none.png", "--out", "猫.1"]
     command = [sys.executable, HERE / "evaluate.py", answering[0].parent, "--predict", *paths]
     poor = os.environ | {"PYTHONIOENCODING": "cp1252", "MPLBACKEND": "module://missing.backend"}
     done = subprocess.run(command, capture_output=True, env=poor)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    words = rb"(?s)40x32 -> 32x32.*2  could not be read.*9 images: \?\.csv, \?\.png"
+    words = rb"(?s)40x32 -> 32x32.*2  could not be read.*9 images: \?.1.csv, \?.1.png"
     assert re.search(words, done.stdout)
-    rows = list(csv.DictReader(Path("猫.csv").read_text("utf-8").splitlines()))
+    rows = list(csv.DictReader(Path("猫.1.csv").read_text("utf-8").splitlines()))
     assert list(rows[0]) == "file answer unit confidence claim error".split()
     told = "/".join(f"{Path(row['file']).stem} {row['answer']} {row['unit']}" for row in rows)
     seen = "猫_0 red 0/猫_1 red 0/猫_2 green 1/猫_3 green 1/猫_4 unit 2 2/猫_5 unit 2 2"
     assert told == f"torn  /{seen}/猫_0 red 0/none  "
     assert all((row["error"] > "") == ([*row.values()][1:5] == [""] * 4) for row in rows)
     assert rows[1] == rows[7] and 0 < float(rows[1]["confidence"]) <= 1
-    assert Path("猫.png").stat().st_size > 10_000
-    assert ev.main([str(answering[0]), "--predict", "猫.png", "--out", "猫.csv"]) == 2
+    assert Path("猫.1.png").stat().st_size > 10_000
+    assert ev.main([str(answering[0]), "--predict", "猫.1.png", "--out", "猫.1"]) == 2
 
 
 def test_a_person_names_units(answering, tmp_path, capsys):
@@ -1433,7 +1436,7 @@ def test_mistakes_and_concepts_are_sorted():
 
 
 @cases("n", [2, 10, 100])
-def test_pictures_of_any_names_are_drawn(tmp_path, monkeypatch, capsys, n):
+def test_pictures_of_any_names(tmp_path, monkeypatch, capsys, n):
     import matplotlib
 
     monkeypatch.chdir(tmp_path)
@@ -1616,7 +1619,7 @@ def test_every_curriculum_leaves_figures(runs, name):
     assert sorted(filter(None, names)) == [*"0123456789"] * taught
 
 
-def test_one_image_strict_replay_and_another_seed(runs):
+def test_one_image_replay_and_another_seed(runs):
     one, strict = (json_of(runs / name) for name in ("one image", "strict"))
     assert one["labels_used"] == 10 and strict["labels_used"] == 20 and strict["sparsity"] >= 0.5
     widths = [w for w in model.compact(model.load(runs / "strict/checkpoint.pt")).encoder.config if w != "M"]
@@ -1705,7 +1708,7 @@ BAD_VALUES = f"""
 """
 
 
-def test_bad_values_get_one_line(capsys, tmp_path, monkeypatch):
+def test_bad_values(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("kept")
     for flags, words in (line.split(" | ") for line in BAD_VALUES.strip().splitlines()):
@@ -1724,7 +1727,7 @@ def test_one_of_two_runs_gets_a_folder(tmp_path, monkeypatch):
     rejects("is not an empty folder", train.claim_folder, args, {})
 
 
-def test_what_cannot_be_resumed_is_refused(runs, capsys, tmp_path):
+def test_what_cannot_be_resumed(runs, capsys, tmp_path):
     run, resume = runs / "gradual", ["--resume", tmp_path / "run"]
     saved, flipped = saved_in(run), bytearray((run / "checkpoint.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
@@ -1782,7 +1785,7 @@ def test_curricula_use_unlabelled_images(tmp_path, name, capsys):
     assert labels == (0 if "self" in name else 24)
 
 
-def test_class_flags_combine_and_data_moves(tmp_path, capsys, monkeypatch):
+def test_class_flags_and_moved_data(tmp_path, capsys, monkeypatch):
     flags, out = f"{bars(tmp_path, 'ant bee cat dog')} {SMALL} --epochs 5", tmp_path / "run"
     flags += " --per-class 6 --inject digits:3 --late bee --never-named 1 --label-budget 0.5"
     assert start(out, flags) == 0 and "late: bee, 3" in capsys.readouterr().out
@@ -1804,7 +1807,7 @@ def test_class_flags_combine_and_data_moves(tmp_path, capsys, monkeypatch):
 
 # Curriculum, classes.
 NEXT = "supervised ant bee,self bee elk,gradual ant bee cat dog,semi bee elk"
-NEXT += ",gradual ant cat,gradual dog elk"
+NEXT += ",gradual ant cat,gradual elk,gradual dog elk"
 
 
 def test_an_earlier_run_goes_on(tmp_path, capsys):
@@ -1818,7 +1821,7 @@ def test_an_earlier_run_goes_on(tmp_path, capsys):
         out, source = root / "run", earlier if known else tmp_path / "infant"
         flags = f"{bars(root, classes)} {OWN} --from {source} --curriculum {name}"
         assert start(out, f"{flags} --epochs 5 --label-budget 0.5") == 0
-        taught, old = classes.split() if name != "self" else [], classes != "dog elk"
+        taught, old = classes.split() if name != "self" else [], classes[0] in "abc"
         assert {*filter(None, saved_in(out)["names"])} == {*known, *taught}
         assert (json_of(out)["old_accuracy_before"] is not None) == bool(old and known)
         first, *_, last = saved_in(out)["rows"]

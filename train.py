@@ -48,7 +48,7 @@ class State:
     """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network with `units` units, or an earlier run's, and all that trains it."""
+        """A new network of `units` units, or an earlier run's, and its training."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
@@ -175,7 +175,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 
 
 def train(args, dataset, saved: dict | None, earlier) -> None:
-    """Train from the start, from an earlier run's network, or on from a saved checkpoint."""
+    """Train from the start, an earlier run's network, or a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
     known, most = args.known_classes, len(classes) - args.never_named
@@ -322,12 +322,13 @@ def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """The final figures, written, printed, drawn."""
+    """The final figures and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
-    true, budget = y >= 0, data.label_mask(leak, y, args.label_budget, range(len(classes) - args.never_named))
-    parts = (train_h[true], y[true]), (test_h, test_y), budget[true], rows, classes[: args.known_classes]
+    true, most = y >= 0, len(classes) - args.never_named
+    budget = data.label_mask(leak, y, args.label_budget, range(most))[true]
+    parts = (train_h[true], y[true]), (test_h, test_y), budget, rows, classes[: args.known_classes][:most]
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
@@ -456,8 +457,9 @@ def use_device(name: str) -> torch.device:
 
 
 def load(args) -> data.Dataset:
-    """The data, classes in order of arrival, those of --from first; sets what was not given."""
-    dataset, taught = data.load_dataset(args.dataset, args.data_dir, image_size=args.image_size), args.taught
+    """The data, classes in order of arrival; sets what was not given."""
+    taught, least = args.taught, 2 - bool(args.inject or args.taught)
+    dataset = data.load_dataset(args.dataset, args.data_dir, True, args.image_size, least)
     own = dataset.classes
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
     dataset = data.hold_out(dataset) if args.validate else dataset
@@ -489,7 +491,7 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint, earlier network: checked before a folder is made."""
+    """Settings, data, checkpoint, earlier network, all checked; a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         given = args.model or args.image_size or args.known_classes
