@@ -585,7 +585,7 @@ def test_digits_held_out_and_reordered():
 def test_a_folder_and_its_cache(tmp_path, monkeypatch):
     root, read = make_folder(tmp_path / "set", per_class=4), data.read_image
     with monkeypatch.context() as patch:  # a failure is no fact
-        patch.setattr(data, "read_image", lambda name: read(name) if name[-5] != "3" else 1 / 0)
+        patch.setattr(data, "read_image", lambda name: os.stat("") if name[-5] == "3" else read(name))
         assert len(load(root).train_x) == 6
     d = load(root)
     assert d.train_x.shape == (8, 3, 32, 32) and d.train_y.tolist() == [0] * 4 + [1] * 4
