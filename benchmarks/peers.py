@@ -22,8 +22,9 @@ FixMatch's constants are the paper's: SGD with Nesterov momentum 0.9, rate lr co
 the authors:
 - The mean teacher's decay of 0.999 is made for a million steps. It begins lower, at (1 + step) / (10 + step).
 - Weak views are a batch of their own, without gradient, which spares two thirds of their cost.
-- RandAugment (two operations, table 12 of the paper) and cutout run in batches on the device, with operations
-  and magnitudes of its own for each image. They interpolate linearly; what comes from outside is black.
+- RandAugment (two operations, each with probability 1/2 as in that code, magnitudes of the paper's table 12)
+  and cutout run in batches on the device, with parameters of their own for each image. They interpolate
+  linearly. The magnitudes of brightness, colour, contrast and sharpness there are larger (0.1 to 1.8).
 """
 
 import os
@@ -68,7 +69,7 @@ SHOWN = "dataset image_size per_class validate model epochs label_budget seed cl
 def warp(x: Tensor, matrix: Tensor) -> Tensor:
     """Images [B,C,H,W] through affine maps [B,2,3] from output to input, in halves of the image's side."""
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, align_corners=False)
+    return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5  # grey from outside
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
@@ -112,11 +113,12 @@ PHOTOMETRIC = {  # only where colours may change
 
 
 def rand_augment(x: Tensor, color: bool, generator: Generator) -> Tensor:
-    """Two random operations for every image, each with a random magnitude."""
+    """Two random operations for every image, each with probability 1/2 and a random magnitude."""
     operations = [*GEOMETRIC.values(), *(PHOTOMETRIC.values() if color else ())]
     for _ in range(2):
         which = torch.randint(len(operations), (len(x),), device=x.device, generator=generator)
-        u = torch.rand(len(x), device=x.device, generator=generator)
+        u, skip = torch.rand(2, len(x), device=x.device, generator=generator)
+        which[skip < 0.5] = 0  # the identity
         x, before = torch.empty_like(x), x
         for number, operation in enumerate(operations):
             index = (which == number).nonzero()[:, 0]
@@ -134,9 +136,13 @@ def cutout(x: Tensor, generator: Generator) -> Tensor:
 
 
 def weak_view(dataset: data.Dataset, index: Tensor, generator: Generator) -> Tensor:
-    """Training images `index` [B], shifted by up to an eighth of their side and perhaps mirrored."""
-    x = dataset.train_x[index]
-    return augment.weak(x, dataset.flip, x.shape[-1] // 8, generator)
+    """Training images `index` [B], shifted by up to an eighth of their side and perhaps mirrored.
+
+    What comes from outside is reflected: the shift of a larger, reflected image is cut to the middle.
+    """
+    x, n = augment.to_float(dataset.train_x[index]), dataset.train_x.shape[-1] // 8
+    x = augment.weak(F.pad(x, (n,) * 4, mode="reflect"), dataset.flip, n, generator)
+    return x[:, :, n:-n, n:-n]
 
 
 def strong_view(dataset: data.Dataset, index: Tensor, generator: Generator) -> Tensor:
@@ -258,7 +264,7 @@ def settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate", action="store_true", help="test on a held-out tenth of the training images")
     for flag, kind, default in (  # as for train.py
         *(("--dataset", str, "cifar10"), ("--data-dir", str, "data"), ("--model", str, None)),
-        *(("--per-class", int, None), ("--label-budget", float, 0.1), ("--seed", int, 0)),
+        *(("--per-class", int, None), ("--label-budget", float, None), ("--seed", int, 0)),
         *(("--class-order", int, 0), ("--device", str, "auto")),
     ):
         add(flag, type=kind, default=default, help=f"as for train.py ({default})")
@@ -274,6 +280,8 @@ def load(args: argparse.Namespace) -> data.Dataset:
     dataset = data.hold_out(dataset) if args.validate else dataset
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
     args.batch_size = min(args.batch_size, max(2, len(dataset.train_y)))
+    if args.label_budget is None:
+        args.label_budget = 1.0 if (dataset.train_y < 0).any() else 0.1
     return data.reorder(dataset, data.class_order(len(dataset.classes), args.class_order))
 
 
