@@ -173,9 +173,9 @@ class Units:
     """What each unit of a head stands for: a class, a concept without a name, or nothing.
 
     owner: the class of each unit, or UNNAMED, or FREE
-    given: names that a person gave to units, which stay what they are
-    utility [U]: running mean (0.99) of a unit's probability over the training images
-    age: looks since a unit got its owner; below `mature` it is not redundant
+    given: names that a person gave to units
+    utility [U]: running mean (0.99) of a unit's probability
+    age: looks since a unit got its owner; below `mature` it is not redundant, nor merged
     """
 
     def __init__(self, owner: Sequence[int], mature=3, device="cpu"):
@@ -211,7 +211,7 @@ class Units:
         able = [u for u, c in enumerate(self.owner) if c < 0 and u not in self.given]
         free = [u for u in able if self.owner[u] == FREE]
         idle = [u for u in able if self.age[u] >= self.mature and self.utility[u] < 0.1 / len(self.owner)]
-        return min(free or idle, key=lambda u: float(self.utility[u]), default=None)
+        return min(free or idle, key=lambda u: self.utility[u], default=None)
 
     def allocate(self, head: nn.Module, optimizer: Optimizer | None, owner: int) -> tuple[int, str]:
         """A unit of `head` for `owner`: "recycled" if one is redundant, else "grown", in place."""
@@ -252,9 +252,8 @@ class ConfusionMonitor:
         """The places in `index` int64 [W] of images that are a kind without a unit, or None; once an epoch.
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
-        known_y [L]: labelled images, whose spread says how near images of a kind are. Of all images nearer
-        to a new kind than to any class at most two thirds of the usual share are labelled, and fewer than
-        chance explains.
+        known_y [L]: labelled images, whose spread says how near images of a kind are. Of all images like a
+        new kind at most two thirds of the usual share are labelled, and fewer than chance explains.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
@@ -317,7 +316,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) ->
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: quantile `reject` of the named ones; -inf without two.
 
-    Each is asked as if it had no label, so about that share of the known classes' images is unknown.
+    Each is asked as if it had no label: about that share of the known images is unknown.
     """
     weight_of = named.float()  # an image's own weight is 1
     claims = [(w @ weight_of - 1) / w.sum(1) for w in kernels(pool_h[named], pool_h, named, temperature)]
@@ -337,15 +336,25 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
+def separation(a: Tensor, b: Tensor) -> float:
+    """How far groups [n,D] and [m,D] are apart on the line between their means, in standard deviations.
+
+    Ashman, Bird & Zepf 1994 (arXiv astro-ph/9408030). The halves of one kind are about 3 to 4 apart.
+    """
+    line = a.mean(0) - b.mean(0)  # (D)
+    spread = sum(((x - x.mean(0)) @ line).square().mean() for x in (a, b)) / 2
+    return float(line @ line / spread.sqrt())
+
+
 @outside_autocast
 def two_means(h: Tensor) -> tuple[float, Tensor]:
-    """Split embeddings h [n,D] by k-means: the cosine of both centres; the second half, bool [n]."""
+    """Split embeddings h [n,D] by k-means: the separation of the halves; the smaller one, bool [n]."""
     from sklearn.cluster import KMeans
 
     unit = F.normalize(h.float(), dim=1)
     half = KMeans(2, n_init=3, random_state=0).fit_predict(unit.cpu().numpy())
-    second = torch.from_numpy(half == 1).to(h.device)
-    return float(F.cosine_similarity(unit[second].mean(0), unit[~second].mean(0), dim=0)), second
+    second = torch.from_numpy(half == (half.mean() <= 0.5)).to(h.device)
+    return separation(unit[second], unit[~second]), second
 
 
 # ---- the life of a head ----
@@ -355,9 +364,9 @@ class HeadManager:
     """Opens, names, recycles and imprints units in the heads of a network and its EMA together.
 
     networks: the network, its EMA, each with a `head`, and the optimizer or None; embed(network, index):
-    embeddings [n,D] of training images; y: int64 [N], classes or -1; watched: int64, random images to look
-    for unknown kinds in; classes: names; owner: see `Units`. A `pool` is what an epoch offers: bool [N]
-    active, labelled, labelled_before, bool [C] taught, taught_before.
+    embeddings [n,D] of training images; y: int64 [N], classes or -1; watched: int64, images in which to look
+    for kinds; classes: names; owner: see `Units`. A `pool` is what an epoch offers: bool [N] active,
+    labelled, labelled_before, bool [C] taught, taught_before.
     """
 
     def __init__(self, networks: tuple, embed: Callable, y: Tensor, watched: Tensor, classes, owner, seed=0):
@@ -407,7 +416,7 @@ class HeadManager:
         return (labelled.index_fill(0, self.watched, True) & pool.active).nonzero()[:, 0]
 
     def lacks_labels(self, pool) -> bool:
-        """Whether a taught class has no label, as after --from: others would claim all, or none, of it."""
+        """Whether a taught class has no label, as after --from: others would claim its images."""
         count = self.y[pool.labelled].bincount(minlength=len(pool.taught))  # (C)
         return bool((pool.taught & (count == 0)).any())
 
@@ -466,42 +475,39 @@ class HeadManager:
                 self.release(unit)
 
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
-        """Merge two unnamed units of one kind, and split one that holds two.
+        """Merge mature unnamed units of one kind, and split one that holds two.
 
-        Two are merged if their centres are nearer than the halves (by k-means) of the median known class;
-        one is split if its halves are farther apart than in the least compact, by the margin to the median.
+        Usual is the `separation` of the halves of the median known class: two units less than 1.25 times as
+        far apart are one; one with halves more than 1.35 times as far apart is two.
         claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
-        parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) for each class
-        usual = torch.tensor([two_means(part)[0] for part in parts if len(part) >= 20])  # (classes)
-        if not len(usual):
-            return
-        for a, b in itertools.combinations(self.units.unnamed(), 2):
-            if F.cosine_similarity(h[concept == a].mean(0), h[concept == b].mean(0), dim=0) > usual.median():
-                gone, kept = sorted((a, b), key=lambda u: (u in self.given, int((concept == u).sum())))
-                if gone not in self.given:
-                    self.log_unit("merged", gone, (concept == gone).nonzero()[:, 0])
-                    concept[concept == gone] = kept
-                    self.units.owner[gone] = FREE
-        for unit in self.units.unnamed():
+        parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) each
+        apart = [two_means(part)[0] for part in parts if len(part) >= 20]
+        usual, age = torch.tensor(apart or [math.nan]).nanmedian(), self.units.age
+        mature = [unit for unit in self.units.unnamed() if age[unit] >= self.units.mature]
+        for a, b in itertools.combinations(mature, 2):
+            gone, kept = sorted((a, b), key=lambda u: (u in self.given, int((concept == u).sum())))
+            near = separation(h[concept == a], h[concept == b]) < 1.25 * usual
+            if near and gone not in self.given:
+                self.log_unit("merged", gone, concept == gone)
+                concept[concept == gone] = kept
+                self.units.owner[gone] = FREE
+        for unit in sorted({*self.units.unnamed()} - {*self.given}):
             index = (concept == unit).nonzero()[:, 0]  # (n)
-            if len(index) < 40 or unit in self.given:
-                continue
-            cosine, second = two_means(h[index])  # bool (n)
-            second = second if second.sum() <= len(index) / 2 else ~second
-            if cosine < 2 * usual.min() - usual.median() and second.sum() >= 20:
-                self.units.age[unit] = 0  # not for its own half
+            halves, second = two_means(h[index])  # bool (n)
+            if halves > 1.35 * usual and second.sum() >= 20:
+                age[unit] = 0  # not for its own half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
                 self.imprint_ema(pool, unit, index[~second])
 
     def log_unit(self, event: str, unit: int, index: Tensor) -> None:
-        """Log an event of a unit with its images `index`, and their true class, unless most have none."""
+        """Log an event of a unit with its images `index` and their class, unless most have none."""
         true = self.y[index]
         c, purity = int(true.mode().values), float((true == true.mode().values).sum() / (true >= 0).sum())
-        self.log(event, unit, *((c, len(index), purity) if c >= 0 else (None, len(index), None)))
+        self.log(event, unit, *((c, len(true), purity) if c >= 0 else (None, len(true), None)))
 
     def release(self, unit: int) -> None:
         """Let a unit stand for nothing, unless a person has named it."""
@@ -533,8 +539,8 @@ class HeadManager:
     def name_class(self, pool, c: int, votes: Tensor, h: Tensor | None) -> None:
         """Give class c, whose first labels are here, a unit; votes int64 [N]: from `discover`, changed.
 
-        The unnamed unit whose centre is nearest of all units' to more than half of its labelled images;
-        else its own or a new one. h: as in `discover`, or None.
+        The unnamed unit whose centre is nearest to more than half of its labelled images; else its own or a
+        new one. h: as in `discover`, or None.
         """
         units, concept, labels = self.units, self.monitor.concept, pool.labelled & (self.y == c)
         index, own = labels.nonzero()[:, 0], units.owner.index(c) if c in units.owner else None  # (n)
@@ -556,7 +562,7 @@ class HeadManager:
             self.imprint_ema(pool, own, index)
         else:
             unit, how = self.open_unit(pool, c, index)
-            votes[votes == unit] = UNKNOWN  # what voted for it when it was another's
+            votes[votes == unit] = UNKNOWN  # its former owner's
             self.log(how, unit, c, len(index))
 
 
@@ -594,7 +600,7 @@ def smallest(sizes: list[Tensor], share: float) -> tuple[Tensor, ...]:
 def prune_smallest(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Zero the fraction `sparsity` (0..1) of all prunable weights that is smallest in magnitude.
 
-    Returns masks {parameter name: bool, True = kept} for `apply_masks`. ValueError outside 0..1.
+    Returns masks {name: bool, True = kept} for `apply_masks`. ValueError outside 0..1.
     """
     weights = prunable(model)
     gone = smallest([w.abs().flatten() for w in weights.values()], sparsity)
@@ -617,8 +623,8 @@ def filter_layers(model: nn.Module) -> list[tuple[str, str]]:
 def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of a chain's filters with the smallest norm, and their batch norm.
 
-    Those of the last layer do not count. Norms are relative to their layer's mean; its largest filter stays.
-    Returns masks for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
+    The last layer is kept. Norms are relative to their layer's mean; its largest filter stays. Returns masks
+    for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
     norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]  # (filters) each

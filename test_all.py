@@ -1151,16 +1151,16 @@ def test_a_unit_is_provisional_and_released():
 
 def test_units_merge_and_split():
     for told, kinds, events in (
-        ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),  # a person tells them apart
+        ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),  # told apart
+        (None, [[4, 5], [6], [7]], "split"),  # too young
         ({}, [[5], [6], [4]], "merged split"),
         ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named one
     ):
         manager, pool, h, y = nameless(7)
         part = pool.place % 5 == 0
         open_by_hand(manager, pool, part & (y == 4), ~part & (y == 4), y > 4)
-        manager.given |= told
-        # Idle units are used again, not for their own half; without names, only the merged.
-        manager.units.age, manager.units.utility = [9 * bool(told)] * 7, zeros(7)
+        manager.units.age, manager.units.utility = [3 * (told is not None)] * 7, zeros(7)  # all idle
+        manager.given |= (told := told or {})
         found = review(manager, pool, h, y)
         assert found[0] == kinds[0] and sorted(found) == sorted(kinds) and happened(manager) == events
         best = manager.predict(h, pool.taught)[0].view(7, -1)[5:]
