@@ -208,9 +208,9 @@ def color_jitter(
     ):
         pair = isinstance(strength, tuple | list)
         low, high = strength if pair else (neutral - strength, neutral + strength)
+        low = max(low, 2 * neutral - 2)  # factors are not negative
         if not low <= high:
             raise ValueError(f"{adjust.__name__} needs a strength or a range, not {strength}")
-        low = max(low, 2 * neutral - 2)  # factors are not negative
         if (low, high) != (neutral, neutral):
             x = adjust(x, torch.where(applied, uniform(x, low, high, generator), neutral))
     return x

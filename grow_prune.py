@@ -1,10 +1,10 @@
 """A head that discovers, names, remembers and recycles its units, in a network that is pruned while it grows.
 
-    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels around an image?
+    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels around it?
     group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # unclaimed and alike: a kind
     unit, how = units.allocate(head, optimizer, UNNAMED)    # for it: recycled or new
     imprint(head, unit, h, others)    # apart from the others
-    masks = prune_smallest(encoder, 0.8)    # and apply_masks(encoder, masks) after every step
+    masks = prune_smallest(encoder, 0.8)    # and apply_masks after every step
 
 Sources: Qi, Brown & Lowe 2018, imprinting (arXiv 1712.07136); Fisher 1936, the discriminant; Zhu & Gupta 2017
 and Li et al. 2017, pruning (arXiv 1710.01878, 1608.08710); Dohare et al. 2024, utility (Nature 632).
@@ -57,7 +57,7 @@ def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
     rows = [p for p in (head.weight, head.bias) if p is not None]  # a row for each unit
     states = {p: optimizer.state.get(p, {}) if optimizer is not None else {} for p in rows}
     sized = [(p, v) for p in rows for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
-    odd = isinstance(optimizer, torch.optim.LBFGS | torch.optim.Rprop)
+    odd = type(optimizer).__name__ in ("LBFGS", "Rprop", "Adafactor")
     if odd or any(v.shape != p.shape for p, v in sized):
         raise ValueError(f"units cannot change under {type(optimizer).__name__}; use SGD, Adam or AdamW")
     return states
@@ -106,7 +106,7 @@ def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> Non
     if not 0 <= unit < units:
         raise IndexError(f"no unit {unit} in a head of {units}")
     for p, state in states.items():
-        p[unit] = random_rows(p, 1, p[torch.arange(len(p), device=p.device) != unit])[0]
+        p[unit] = random_rows(p, 1, torch.cat([p[:unit], p[unit + 1 :]]))[0]
         for value in (p.grad, *state.values()):
             if torch.is_tensor(value) and value.shape == p.shape:
                 value[unit] = 0
@@ -339,7 +339,7 @@ def resemblance(h: Tensor, y: Tensor) -> float:
 def separation(a: Tensor, b: Tensor) -> float:
     """How far groups [n,D] and [m,D] are apart on the line between their means, in standard deviations.
 
-    Ashman, Bird & Zepf 1994 (arXiv astro-ph/9408030). The halves of one kind are about 3 to 4 apart.
+    Ashman, Bird & Zepf 1994 (arXiv astro-ph/9408030). Halves of one kind are 3 to 4 apart.
     """
     line = a.mean(0) - b.mean(0)  # (D)
     spread = sum(((x - x.mean(0)) @ line).square().mean() for x in (a, b)) / 2
@@ -374,6 +374,7 @@ class HeadManager:
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
         self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
         self.epoch, self.events, self.given = 0, [], self.units.given
+        self.final = y < 0  # bool [N], labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
             raise ValueError("owner must have an entry for each unit")
 
@@ -440,7 +441,7 @@ class HeadManager:
         unclaimed = claims < limit
 
         self.units.age = [age + 1 for age in self.units.age]
-        leaking = pool.taught_before[self.y[pool.labelled & ~pool.labelled_before]].any()
+        leaking = pool.taught_before[self.y[self.final & ~pool.labelled_before]].any()
         afresh, monitor.settled = not (leaking or monitor.settled), not leaking
         for unit in self.units.unnamed() if afresh else ():
             if unit not in self.given:  # provisional until now
@@ -477,8 +478,8 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge mature unnamed units of one kind, and split one that holds two.
 
-        Usual is the `separation` of the halves of the median known class: two units less than 1.25 times as
-        far apart are one; one with halves more than 1.35 times as far apart is two.
+        Usual is the `separation` of the halves of the median known class. Two units nearer than 1.25 times
+        that are one; one with halves more than 1.35 times that apart is two.
         claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)

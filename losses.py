@@ -236,10 +236,8 @@ def local_aggregation(
     near, similarity = background  # (B, k)
     check(index=(index, "B int64"), background=(near, "B k int64"), similarity=(similarity, "B k float"))
     there = near >= 0
-    close = torch.zeros_like(there)
-    for cluster in clusters:
-        close |= cluster[near.clamp(min=0)] == take(cluster, index)[:, None]
-    close &= there
+    own = take(clusters.T, index)[:, None]  # (B, 1, H)
+    close = ((clusters.T[near.clamp(min=0)] == own) & (own >= 0)).any(2) & there
     close[:, 0] |= there[:, 0] & ~close.any(1)
     similarity = similarity.float() / temperature
     # Not -inf: its gradient is not a number in a row without neighbours.
@@ -284,11 +282,10 @@ def propagate_labels(
     """
     check(bank_rows=(bank_rows, "N D float"), labels=(labels, "N int64"), labelled=(labelled, "N bool"))
     check(k=k, density_k=density_k, temperature=temperature)
-    n, known = len(bank_rows), labelled.nonzero()[:, 0]
-    pseudo, confidence = torch.full_like(labels, -1), torch.zeros(n, device=bank_rows.device)
+    n, known, rows = len(bank_rows), labelled.nonzero()[:, 0], bank_rows.float()
     if not len(known):
-        return pseudo, confidence
-    rows, voters, y = bank_rows.float(), bank_rows[known].float(), labels[known]
+        return torch.full_like(labels, -1), torch.zeros_like(rows[:, 0])
+    voters, y = rows[known], labels[known]
     classes = len(balance) if torch.is_tensor(balance) else int(y.max()) + 1
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"labels must be in 0..{classes - 1} where labelled")

@@ -105,9 +105,10 @@ def update_ema(ema: nn.Module, network: nn.Module, decay: float) -> None:
     """ema <- decay ema + (1 - decay) network, running statistics too (mean teacher, arXiv 1703.01780)."""
     if not 0 <= decay <= 1:
         raise ValueError(f"decay must be in 0..1, not {decay}")
-    for slow, fast in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
-        if slow.is_floating_point():
-            slow.lerp_(fast, 1 - decay)
+    for part in nn.Module.parameters, nn.Module.buffers:
+        for slow, fast in zip(part(ema), part(network), strict=True):
+            if slow.is_floating_point():
+                slow.lerp_(fast, 1 - decay)
 
 
 def build(
@@ -208,7 +209,7 @@ def torchvision_encoder(name: str, size: int) -> tuple[nn.Module, int]:
     try:
         encoder = models.get_model(name, weights=None, **options)
         modules = encoder.named_modules()
-        # The classifier is the last layer with 1000 outputs; whatever pools or flattens around it stays.
+        # The classifier is the last layer with 1000 outputs; what pools around it stays.
         layers = [(n, vars(m).get("out_features", vars(m).get("out_channels"))) for n, m in modules]
         encoder.set_submodule([n for n, outputs in layers if outputs == 1000][-1], nn.Identity())
         adapt_stem(encoder, size)
@@ -306,7 +307,7 @@ class CUDAGraphStep:
         if self.graph is None:
             with torch.cuda.device(x.device):
                 self.graph = torch.cuda.CUDAGraph()
-                if torch.__version__ < "2.14":  # later versions register generators themselves
+                if torch.__version__ < "2.14":  # later ones register them
                     self.graph.register_generator_state(self.generator)
                 with torch.cuda.graph(self.graph, pool=self.pool):
                     self.result = self.function(self.x)

@@ -1087,7 +1087,7 @@ def nameless(kinds=5, units=4, wrap=None, truth=True):
     networks = network, copy.deepcopy(network), SGD(network.parameters())
     told, place, taught = torch.where((y < 4) | truth, y, -1), arange(len(y)), arange(kinds) < 4
     manager = gp.HeadManager(networks, lambda n, i: h[i], told, place, "abcdefg", range(units))
-    manager.monitor.patience, manager.monitor.cooldown = 1, 0
+    manager.monitor.patience, manager.monitor.cooldown, manager.final = 1, 0, labelled
     pool = {"active": y >= 0, "labelled": labelled, "labelled_before": labelled, "taught": taught}
     return manager, Namespace(taught_before=taught, place=place, **pool), h, y
 
@@ -1130,15 +1130,16 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
 
 def test_a_unit_is_provisional_and_released():
     manager, pool, h, y = nameless(6)
-    pool.labelled_before, concept = pool.labelled & (pool.place % 4 > 0), manager.monitor.concept
+    full, concept = pool.labelled, manager.monitor.concept
+    manager.final = full | (pool.place == 899)  # of another class, which changes nothing
+    pool.labelled = pool.labelled_before = full & (pool.place % 4 > 0)  # a pause
     for units in ([4], [4, 5]):
         votes = manager.discover(pool, h)
         assert manager.units.unnamed() == units and (votes[concept >= 0] == UNKNOWN).all()
-    pool.labelled_before = pool.labelled
+    pool.labelled = manager.final
     manager.monitor.patience, manager.monitor.cooldown_left = 2, 9  # asked at once
-    for before in (pool.labelled, pool.labelled | (pool.place == 899)):
-        pool.labelled = before | (pool.place == 899)  # another class's first label changes nothing
-        votes, pool.labelled_before = manager.discover(pool, h), before
+    for pool.labelled_before in (full, full, manager.final):
+        votes = manager.discover(pool, h)
     assert happened(manager) == "opened opened released released opened opened"
     unit = int(votes[y == 4].mode().values)
     assert (y[votes == unit] == 4).sum() > 40
@@ -1154,12 +1155,12 @@ def test_units_merge_and_split():
         ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),  # told apart
         (None, [[4, 5], [6], [7]], "split"),  # too young
         ({}, [[5], [6], [4]], "merged split"),
-        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named one
+        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named
     ):
         manager, pool, h, y = nameless(7)
         part = pool.place % 5 == 0
         open_by_hand(manager, pool, part & (y == 4), ~part & (y == 4), y > 4)
-        manager.units.age, manager.units.utility = [3 * (told is not None)] * 7, zeros(7)  # all idle
+        manager.units.age, manager.units.utility = [3 * (told is not None)] * 7, zeros(7)
         manager.given |= (told := told or {})
         found = review(manager, pool, h, y)
         assert found[0] == kinds[0] and sorted(found) == sorted(kinds) and happened(manager) == events

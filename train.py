@@ -190,6 +190,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
+    head.final = pool.labelled
 
     def right(among: Tensor) -> Tensor:
         return head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
@@ -214,8 +215,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
-        mix = stage.mix if pool.taught.any() else stage.mix | {"propagation": 0.0, "supervised": 0.0}
-        mix = mix | {"propagation": 0.0} if head.lacks_labels(pool) else mix
+        off = ["propagation"] * head.lacks_labels(pool) if pool.taught.any() else TERMS[2:]
+        mix = stage.mix | dict.fromkeys(off, 0.0)
         seed = (args.seed << 20) + epoch  # alike if resumed
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
@@ -522,7 +523,7 @@ def setup(args, argv: list[str]) -> tuple:
     network = model.build(args.model, 1, image_size=args.image_size)
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
-    dataset, room = load(args), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    dataset, room = load(args), torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else math.inf
     data.check_room(len(dataset.train_x) + len(dataset.test_x), args.image_size, room)
     dataset = dataset.to(device)
     if saved and (before := saved["fingerprint"]) != (now := data.fingerprint(dataset)):

@@ -342,6 +342,7 @@ def main() -> int:
     """Train one peer and write its row; the exit status."""
     try:
         args = settings()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         row = run(args)
         write_row(args.out, row)
     except (ValueError, OSError, ImportError) as error:
