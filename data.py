@@ -8,7 +8,6 @@ import csv
 import difflib
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -55,7 +54,7 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data set with its four tensors on `device`."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
 # ---- loading ----
@@ -68,7 +67,7 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
     folder. Raises ValueError, in one line, or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
-    if name in DATASETS and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
+    if name in ARCHIVES and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
         folder = root / name
     if folder != name:
         splits, classes, notes = read_folder(folder, image_size, least)
@@ -180,15 +179,15 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
     PATH/.cache-SIZE.pt keeps the result until a file changes.
 
-    Returns ((train_x, train_y), (test_x, test_y)), the class names, and notes. ValueError for another layout.
+    Returns ((train_x, train_y), (test_x, test_y)), classes, notes. ValueError for another layout.
     """
     path = os.path.normpath(os.path.expanduser(path))
     files, classes, told = list_folder(path, least)
     places = [f"{path}/{file}" for file in files]
     stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
-    facts = ascii((size, list(files), list(told.items()), stamps)).encode()
+    facts = ascii((size, Image.__version__, [*files], [*told.items()], stamps)).encode()
     signature, cache = hashlib.sha256(facts).hexdigest(), f"{path}/.cache-{size}.pt"
-    with suppress(Exception):  # a missing or damaged cache is remade
+    with suppress(Exception):  # a damaged one is remade
         kept = torch.load(cache, weights_only=True)
         if kept["signature"] == signature:
             return kept["splits"], classes, kept["notes"]
@@ -220,8 +219,9 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
         if count:
             notes.append(f"{part}: {count.total()} images" + f" ({each})" * bool(each))
     tested = {image.numpy().tobytes() for image in x[test]}
-    both = [own and image.numpy().tobytes() in tested for image, own in zip(x, ~test, strict=True)]
-    told["in train and in test, used in both"] = [*itertools.compress(good, both)]
+    rows = zip(good, x, ~test, strict=True)
+    both = [file for file, image, own in rows if own and image.numpy().tobytes() in tested]
+    told["in train and in test, used in both"] = both
     notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
@@ -339,7 +339,9 @@ def read_image(path) -> Image.Image:
         raise ValueError("not a file")
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            with suppress(Exception):  # odd metadata
+                ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
     except UnidentifiedImageError:
         named = Image.registered_extensions().get(Path(path).suffix.lower()) in Image.OPEN
@@ -376,9 +378,10 @@ def class_subset(dataset: Dataset, per_class: int, seed: int) -> Dataset:
 
 
 def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
-    """A random but fixed `share` of each class's training images in place of the test images."""
+    """A fixed random `share` of each class's training images, at least one, as test images."""
     x, y = dataset.train_x, dataset.train_y
-    held = label_mask(leak_order(y, seed=2**20), y, share, range(len(dataset.classes)))
+    order = leak_order(y, seed=2**20)
+    held = label_mask(order, y, share, range(len(dataset.classes))) | (order == 0)
     return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
 
 
@@ -434,7 +437,7 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
     count = (labels + 1).bincount(minlength=1)
     quota = (count.double() * fraction + 0.5).floor().long()
-    known = torch.zeros_like(count, dtype=torch.bool)
+    known = count < 0  # none
     known[[c + 1 for c in classes if c + 1 < len(count)]] = True  # never [0]: no label
     return (order < quota[labels + 1]) & known[labels + 1]
 
@@ -458,7 +461,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     of a class when later ones come (None: all); taught: bool [C], the classes taught before.
     """
     result, there, latest = [], 0, 0
-    nothing = torch.zeros_like(y, dtype=torch.bool)
+    nothing = y < -1
     learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
     now = Pool(nothing, nothing, learned, nothing, nothing, learned)
     for stage in stages:
@@ -510,7 +513,7 @@ def reorder(dataset: Dataset, order: Sequence[int]) -> Dataset:
 def fingerprint(dataset: Dataset) -> dict:
     """{"images": a digest of all pixels and labels in their order, "classes": the names}."""
     digest = hashlib.sha256()
-    for part in (dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y):
+    for part in filter(torch.is_tensor, vars(dataset).values()):
         digest.update(f"{part.shape}".encode() + part.cpu().numpy().tobytes())
     return {"images": digest.hexdigest(), "classes": list(dataset.classes)}
 
@@ -545,8 +548,8 @@ def write_json(path, value: dict) -> None:
 
 
 def write_csv(path, rows: list[dict], columns=None) -> None:
-    """Rows as CSV in UTF-8, floats with six digits. columns: all keys if not given."""
-    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    """Rows as CSV in UTF-8, floats with six digits. columns: all if not given."""
+    columns = columns or [*dict.fromkeys(key for row in rows for key in row)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

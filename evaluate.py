@@ -35,7 +35,7 @@ PARTS = ("h", "z", "logits")  # of what a network returns
 
 
 def measured(function: Callable) -> Callable:
-    """Compute in float32 without autocast, gradients and inference mode, whatever surrounds it.
+    """Compute in float32 without autocast, gradients and inference mode.
 
     ValueError names an argument of no or other rows (train_*, test_* apart), with NaN, or train_y < 0.
     """
@@ -46,7 +46,7 @@ def measured(function: Callable) -> Callable:
         off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
         with torch.inference_mode(False), torch.no_grad(), off[0], off[1]:
             for name, x in given.items():
-                if isinstance(x, Tensor):
+                if torch.is_tensor(x):
                     wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
                     if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
                         raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
@@ -103,7 +103,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     bias = train_h.new_zeros(len(weight), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure():  # called with gradients
+    def closure():  # with gradients
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(train_h, weight, bias), train_y) + l2 * weight.square().sum()
         loss.backward()
@@ -269,7 +269,7 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
     if not max(1, known) <= k <= known + len(free):
         raise ValueError(f"k is {k}: {known} classes have labels, and {len(free)} images have none")
 
-    def means(rows, clusters, centres):  # a cluster without images keeps its centre
+    def means(rows, clusters, centres):  # an empty cluster keeps its centre
         index = clusters[:, None].expand_as(rows)
         return centres.scatter_reduce(0, index, rows, "mean", include_self=False)
 
@@ -328,11 +328,11 @@ def open_world(h: Tensor, y: Tensor, labelled: Tensor, new: Tensor, seed=0) -> d
 
 @measured
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The T (0.05..20) under which softmax(logits [N,C] / T) makes y [N] likeliest (arXiv 1706.04599)."""
+    """The T (0.05..20) under which softmax(logits [N,C] / T) fits y [N] (arXiv 1706.04599); near 1 if few."""
     from scipy.optimize import minimize_scalar
 
     def loss(t):
-        return F.cross_entropy(logits / math.exp(t), y).item()
+        return F.cross_entropy(logits / math.exp(t), y).item() + t * t / len(y)
 
     return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
 
@@ -356,7 +356,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
 
     memory, names = network.answering or {}, network.names
     found = set(memory.get("unnamed", ()))
-    in_use = [unit for unit, name in enumerate(names) if name is not None or unit in found]
+    in_use = [unit for unit, name in enumerate(names) if name or unit in found]
     if not in_use:
         raise ValueError("network has no unit with a name: it was trained without labels")
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
@@ -365,7 +365,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
     if memory:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
-    answer = [f"unit {u}" if names[u] is None else names[u] for u in unit.tolist()]
+    answer = [names[u] or f"unit {u}" for u in unit.tolist()]
     for i in (claims < memory.get("limit", -math.inf)).nonzero()[:, 0].tolist():
         answer[i] = answer[i] if int(unit[i]) in found else "unknown"
     return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
@@ -400,7 +400,7 @@ def log_header() -> str:
 
 
 def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
-    """The last row of log.csv as a line, then events. open: "unknown" is an answer; left: minutes."""
+    """The last row of log.csv as a line, then events. open: with "unknown"; left: minutes."""
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
@@ -437,7 +437,7 @@ BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
 
 
 def attempt(draw, *args):
-    """Call a function that draws; if it fails, print one warning and return False."""
+    """Call a function that draws; False, after a warning, if it fails."""
     try:
         draw(*args)
     except Exception as error:
@@ -457,7 +457,7 @@ def say_once(text):
 
 @contextmanager
 def figure(path, width, height, rows=1, columns=1, **options):
-    """A figure of so many inches and its axes, written to path in the end."""
+    """A figure of so many inches and its axes, then written to path."""
     from matplotlib import figure, font_manager, rc_context
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
@@ -651,9 +651,9 @@ def concept_rows(x, h, unit, unknown, names):
 
     x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of units, or None.
     """
-    rows, units = [], list(enumerate(names))
-    labels = {u: f"unit {u}" for u, name in units if name is None and (unit == u).any()} | {-1: "unknown"}
-    labels |= {u: f"{shown(name)} (unit {u})" for u, name in units if name is not None}
+    rows, units = [], [*enumerate(names)]
+    labels = {u: f"unit {u}" for u, name in units if not name and (unit == u).any()} | {-1: "unknown"}
+    labels |= {u: f"{shown(name)} (unit {u})" for u, name in units if name}
     for u, label in labels.items():
         inside = (unknown if u < 0 else unit == u).nonzero()[:, 0]
         near = F.normalize(h[inside], dim=1)
@@ -679,12 +679,12 @@ def read_runs(path):
 
     try:
         if (path := Path(path)).suffix == ".csv":
-            rows = csv.DictReader(path.read_text("utf-8-sig").splitlines())
+            rows = csv.DictReader(path.open(encoding="utf-8-sig"))
             rows = [{str(k): value(v) for k, v in row.items()} for row in rows]
             runs = [({k[5:]: v for k, v in row.items() if k[:5] == "args."} or row, row) for row in rows]
         else:
             runs = [tuple(json.loads((path / n).read_text("utf-8")) for n in ("args.json", "summary.json"))]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a finished run ({' '.join(str(error).split())})") from None
     if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
         raise ValueError(f"{path}: not a run or table of runs ({', '.join(sorted(NEEDED))}, labels_used)")
@@ -695,14 +695,14 @@ def runs_among(paths):
     """The run folders and tables (*.csv) among paths; a folder stands for its finished runs."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
-        inside = [] if (path / "args.json").exists() else sorted(path.glob("*/args.json"))
+        inside = [] if (path / "args.json").exists() else sorted(path.rglob("args.json"))
         for run in (args.parent for args in inside):
             if (run / "summary.json").exists():
                 folders.append(run)
             else:
                 say_once(f"{run}: not finished, left out")
         folders += [] if inside or path.suffix != ".csv" and path.is_file() else [path]
-    return list({folder.resolve(): folder for folder in folders}.values())
+    return [*{folder.resolve(): folder for folder in folders}.values()]
 
 
 def compare(paths):
@@ -714,7 +714,7 @@ def compare(paths):
     for args, summary in (run for path in paths for run in read_runs(path)):
         key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in FIGURES})
         groups.setdefault(key, []).append((args, summary))
-    settings = list(map(json.loads, groups))
+    settings = [*map(json.loads, groups)]
     for setting, runs in zip(settings, groups.values(), strict=True):
         name = curriculum = str(setting["curriculum"])
         for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
@@ -777,7 +777,7 @@ def write_compact(source, path):
     data.write_atomically(path, functools.partial(torch.save, model.pack(small)))
     apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
-    return f"{path}: {left:,} of {size:,} weights in the encoder; outputs apart by at most {apart:.1e}"
+    return f"{path}: {left:,} of {size:,} weights in the encoder; outputs differ by {apart:.1e}"
 
 
 def predict(source, paths, table):
@@ -789,8 +789,9 @@ def predict(source, paths, table):
     network, files, sheet = model.load(source), data.find_images(paths), table.with_suffix(".png")
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
-    if taken := {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}:
-        raise ValueError(f"{taken.pop()} would be replaced; move it or use another --out")
+    taken = {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}
+    if taken or sheet.exists() > table.exists():
+        raise ValueError(f"{table} or {sheet} would be replaced; use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
         images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
@@ -824,7 +825,7 @@ def name_units(path, pairs):
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
-    names, owners = checkpoint["names"], list(checkpoint["units"]["owner"])
+    names, owners = checkpoint["names"], [*checkpoint["units"]["owner"]]
     found = [unit for unit, owner in enumerate(owners) if owner == -1]
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*([^\s=].*?)\s*", pair)
@@ -852,6 +853,8 @@ def act(args):
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: its folder is not there")
+    if out.name == "checkpoint.pt":
+        raise ValueError(f"{out} is a run's; use another name")
     source = run / "checkpoint.pt" if run.is_dir() else run
     if args.compact:
         return write_compact(source, out)
@@ -867,7 +870,7 @@ def act(args):
 
 
 def main(argv=None):
-    """The command line. Exit status: 0, or 2 after a line on stderr that says what is wrong."""
+    """The command line. Exit status: 0, or 2 after a line on stderr."""
     parser = argparse.ArgumentParser(description="Compare finished runs, or use one of them.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)")
@@ -875,7 +878,7 @@ def main(argv=None):
     add("--name", action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf")
     add("--compact", metavar="FILE", help="write the network without its dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
