@@ -130,7 +130,7 @@ def forgetting(accuracy: Sequence[Sequence[float]]) -> np.ndarray:
     accuracy = np.asarray(accuracy, dtype=float)
     if not len(accuracy):
         raise ValueError("accuracy has no epochs")
-    return np.fmax.reduce(accuracy, 0) - accuracy[-1]  # NaN: no test images
+    return np.fmax.reduce(accuracy, 0) - accuracy[-1]
 
 
 @measured
@@ -361,11 +361,13 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
         raise ValueError("network has no unit with a name: it was trained without labels")
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
     logits = measured(network.head.forward)(h)[:, in_use] / memory.get("temperature", 1.0)
-    confidence, place = logits.softmax(1).max(1)
+    called, place = [names[u] or f"unit {u}" for u in in_use], logits.argmax(1)
+    same = torch.tensor([[a == b for b in called] for a in called], device=x.device)  # of one name
+    confidence = (logits.softmax(1) * same[place]).sum(1)
     unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
     if memory:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
-    answer = [names[u] or f"unit {u}" for u in unit.tolist()]
+    answer = [called[i] for i in place.tolist()]
     for i in (claims < memory.get("limit", -math.inf)).nonzero()[:, 0].tolist():
         answer[i] = answer[i] if int(unit[i]) in found else "unknown"
     return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
@@ -384,7 +386,7 @@ FIGURES = sum(BLOCKS, [])
 
 
 def told(key, value):
-    """A figure as text: a score, a count, or a share in per cent."""
+    """A figure as text."""
     if value is None or value != value:
         return "-"
     if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
@@ -418,7 +420,7 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 
 
 def describe(summary: dict, images: int, known: int) -> str:
-    """The figures of one run as text; of the open world if there are any."""
+    """The figures of one run as text."""
     keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
     lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
@@ -517,7 +519,7 @@ def draw_curves(rows, classes, path):
 
 
 def draw_life(rows, events, classes, path, owner):
-    """Which unit stands for what in each epoch, hatched: nameless; of many, those that change."""
+    """Which unit stands for what in each epoch; of many, those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
     told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
@@ -571,7 +573,7 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
 
 
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
-    """2,000 embeddings h [N,D] of classes y [N] in two dimensions, with their names.
+    """2,000 embeddings h [N,D] of classes y [N] in two dimensions.
 
     known, seen: classes at the start, the end (None: all). Late ones are outlined, unseen ones are grey.
     """
@@ -594,7 +596,7 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
 
 @measured
 def draw_confusion(predicted, y, classes, path):
-    """Which class is taken for which: true ones in rows, predicted ones in columns; % of the row."""
+    """Which class is taken for which, in % of the true one."""
     n, names = len(classes), [shown(name, 20) for name in classes]
     table = (y * n + predicted).bincount(minlength=n * n).view(n, n).cpu().numpy()
     share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))

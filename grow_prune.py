@@ -6,8 +6,8 @@
     imprint(head, unit, h, others)    # apart from the others
     masks = prune_smallest(encoder, 0.8)    # and apply_masks after every step
 
-Sources: Qi, Brown & Lowe 2018, imprinting (arXiv 1712.07136); Fisher 1936, the discriminant; Zhu & Gupta 2017
-and Li et al. 2017, pruning (arXiv 1710.01878, 1608.08710); Dohare et al. 2024, utility (Nature 632).
+Sources: imprinting (arXiv 1712.07136); Fisher's discriminant (1936); pruning (arXiv 1710.01878, 1608.08710);
+utility (Dohare et al. 2024, Nature 632).
 """
 
 import itertools
@@ -43,7 +43,7 @@ def outside_autocast(function: Callable) -> Callable:
 
 
 def linear_of(head: nn.Module) -> nn.Linear:
-    """The nn.Linear in `head`, compiled or DataParallel or not. ValueError if it is no plain one."""
+    """The plain nn.Linear in `head`, compiled, DataParallel or not; else ValueError."""
     while hasattr(head, "_orig_mod") or isinstance(head, nn.DataParallel):
         head = getattr(head, "_orig_mod", None) or head.module
     plain = head._parameters if isinstance(head, nn.Linear) else {}  # not what torch's pruning replaces
@@ -53,8 +53,8 @@ def linear_of(head: nn.Module) -> nn.Linear:
 
 
 def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
-    """The optimizer state of weight and bias. Raises ValueError if it is not one value for each weight."""
-    rows = [p for p in (head.weight, head.bias) if p is not None]  # a row for each unit
+    """The optimizer state of weight and bias; ValueError if not one value for each weight."""
+    rows = [p for p in (head.weight, head.bias) if p is not None]
     states = {p: optimizer.state.get(p, {}) if optimizer is not None else {} for p in rows}
     sized = [(p, v) for p in rows for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
     odd = type(optimizer).__name__ in ("LBFGS", "Rprop", "Adafactor")
@@ -64,7 +64,7 @@ def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
 
 
 def head_logits(head: nn.Module, h: Tensor) -> Tensor:
-    """Logits float32 [n,U] of embeddings h [n,D], whatever the dtypes of both."""
+    """Logits float32 [n,U] of embeddings h [n,D] of any dtype."""
     return head(h.to(linear_of(head).weight.dtype)).float()
 
 
@@ -131,7 +131,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     rest = torch.arange(units, device=weight.device) != unit  # (U)
     rivals = rest if rivals is None else rest & rivals
     length = weight[rest].float().norm(dim=1).mean() if rest.any() else 1.0
-    own = F.normalize(h.float(), dim=1).mean(0)  # (D)
+    own = F.normalize(h.float(), dim=1).mean(0)
     weight[unit] = (F.normalize(own, dim=0) * length).to(weight.dtype)
     if bias is None:
         return
@@ -140,7 +140,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
         return
     best, kind = head_logits(head, others).masked_fill(~rivals, -math.inf).max(1)  # (m), (m)
     before = head_logits(head, h)[:, unit].mean()
-    direction = discriminant(own, F.normalize(others.float(), dim=1), kind)  # (D)
+    direction = discriminant(own, F.normalize(others.float(), dim=1), kind)
     weight[unit] = (F.normalize(direction, dim=0) * length).to(weight.dtype)
     margin = (head_logits(head, others)[:, unit] - best).quantile(1 - tolerance, interpolation="higher")
     bias[unit] = torch.minimum(before - head_logits(head, h)[:, unit].mean(), -margin)
@@ -159,7 +159,7 @@ def discriminant(own: Tensor, others: Tensor, kind: Tensor, shrinkage: float = 0
     (int64 [m]), shrunk towards its mean variance because they are few.
     """
     own, others = own.float(), others.float()
-    count = kind.bincount()  # (kinds)
+    count = kind.bincount()
     around = others - (sums(others, kind, len(count)) / count.clamp(min=1)[:, None])[kind]  # (m, D)
     covariance = around.T @ around / len(others)  # (D, D)
     target = covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(own), device=own.device)  # (D, D)
@@ -183,17 +183,13 @@ class Units:
         self.given: dict[int, str] = {}
         self.utility = torch.full((len(self.owner),), 1 / max(len(self.owner), 1), device=device)
 
-    def owners(self) -> Tensor:
-        """`owner` as a tensor, int64 [U]."""
-        return torch.tensor(self.owner, device=self.utility.device)
-
     def of_classes(self, num_classes: int) -> Tensor:
         """The unit of each class, -1 for a class that has none: int64 [num_classes]."""
         place = [self.owner.index(c) if c in self.owner else -1 for c in range(num_classes)]
         return torch.tensor(place, device=self.utility.device)
 
     def in_use(self, taught: Tensor) -> Tensor:
-        """Which units answer, bool [U]: the unnamed, and those of classes with a label (taught: bool [C])."""
+        """Which units answer, bool [U]: the unnamed and those of taught (bool [C]) classes."""
         taught = taught.tolist()
         answering = [c == UNNAMED or (c >= 0 and taught[c]) for c in self.owner]
         return torch.tensor(answering, device=self.utility.device)
@@ -234,8 +230,6 @@ class Units:
 class ConfusionMonitor:
     """Finds a kind without a unit: unclaimed images, look after look, that resemble each other.
 
-    Labels leak at random: around a named kind at a known rate, around a nameless one hardly ever.
-
     n: number of images; at_least: share of a class's images that makes a kind (at least 20); patience: looks
     in a row without a claim; cooldown: looks after a find; chance: largest probability that labels avoid a
     named kind so well, 20 times that until `settled`
@@ -243,7 +237,7 @@ class ConfusionMonitor:
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.0002, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
         self.cooldown_left, self.settled = 0, False
 
@@ -264,7 +258,7 @@ class ConfusionMonitor:
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)  # (C, D)
-        named = len(known) + ((unit @ classes.T).amax(1) > reach**2).sum()  # images like a class
+        named = len(known) + ((unit @ classes.T).amax(1) > reach**2).sum()
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
@@ -279,7 +273,7 @@ class ConfusionMonitor:
                 break
             alike = rows @ rows[similar.argmax()] > reach**2  # (A)
             inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
-            centre = F.normalize(rows[inside].mean(0), dim=0)  # (D)
+            centre = F.normalize(rows[inside].mean(0), dim=0)
             near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / named
             by_chance = torch.special.gammaincc(found + 1.0, expected)  # Poisson: `found` or fewer
@@ -297,7 +291,7 @@ def kernels(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float):
         raise ValueError(f"named must be bool [{len(pool_h)}] and temperature above 0")
     pool_h = F.normalize(pool_h.float(), dim=1)  # (M, D)
     for part in h.split(1000):
-        yield ((F.normalize(part.float(), dim=1) @ pool_h.T - 1) / temperature).exp()  # (1000, M)
+        yield ((F.normalize(part.float(), dim=1) @ pool_h.T - 1) / temperature).exp()
 
 
 @outside_autocast
@@ -341,7 +335,7 @@ def separation(a: Tensor, b: Tensor) -> float:
 
     Ashman, Bird & Zepf 1994 (arXiv astro-ph/9408030). Halves of one kind are 3 to 4 apart.
     """
-    line = a.mean(0) - b.mean(0)  # (D)
+    line = a.mean(0) - b.mean(0)
     spread = sum(((x - x.mean(0)) @ line).square().mean() for x in (a, b)) / 2
     return float(line @ line / spread.sqrt())
 
@@ -365,14 +359,15 @@ class HeadManager:
 
     networks: the network, its EMA, each with a `head`, and the optimizer or None; embed(network, index):
     embeddings [n,D] of training images; y: int64 [N], classes or -1; watched: int64, images in which to look
-    for kinds; classes: names; owner: see `Units`. A `pool` is what an epoch offers: bool [N] active,
-    labelled, labelled_before, bool [C] taught, taught_before.
+    for kinds; classes: names; owner: see `Units`; pace: looks to wait after a find. A `pool` is what an epoch
+    offers: bool [N] active, labelled, labelled_before, bool [C] taught, taught_before.
     """
 
-    def __init__(self, networks: tuple, embed: Callable, y: Tensor, watched: Tensor, classes, owner, seed=0):
+    def __init__(self, networks, embed: Callable, y: Tensor, watched: Tensor, classes, owner, seed=0, pace=2):
         self.network, self.ema, self.optimizer = networks
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
-        self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
+        self.units = Units(owner, pace + 1, y.device)
+        self.monitor = ConfusionMonitor(len(y), cooldown=pace, device=y.device)
         self.epoch, self.events, self.given = 0, [], self.units.given
         self.final = y < 0  # bool [N], labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
@@ -380,8 +375,8 @@ class HeadManager:
 
     def state_dict(self) -> dict:
         """Plain values and tensors."""
-        own = {"events": self.events, "given": self.given}
-        return own | {"units": vars(self.units), "monitor": vars(self.monitor)}
+        parts = {"units": vars(self.units), "monitor": vars(self.monitor)}
+        return parts | {"events": self.events, "given": self.given}
 
     def load_state_dict(self, saved: dict) -> None:
         """The reverse."""
@@ -396,6 +391,12 @@ class HeadManager:
         own = [self.classes[c] if c >= 0 and taught[c] else None for c in self.units.owner]
         return [self.given.get(unit, name) for unit, name in enumerate(own)]
 
+    def owners(self) -> Tensor:
+        """The class of each unit, also if a person named it so, or UNNAMED, FREE: int64 [U]."""
+        place = {name: c for c, name in enumerate(self.classes)}
+        own = [place.get(self.given.get(unit), c) for unit, c in enumerate(self.units.owner)]
+        return torch.tensor(own, device=self.y.device)
+
     def log(self, event: str, unit=None, c=None, count=None, purity=None) -> None:
         """Append a row of events.csv; c: the class."""
         row = (self.epoch, event, unit, None if c is None else self.classes[c], count, purity)
@@ -409,7 +410,7 @@ class HeadManager:
 
     def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
         """For embeddings h [N,D]: the best unit in use and the best class with a label, int64 [N] each."""
-        owner, logits = self.units.owners(), self.logits(h, taught)  # (U), (N, U)
+        owner, logits = self.owners(), self.logits(h, taught)  # (U), (N, U)
         return logits.argmax(1), owner[logits.masked_fill(owner < 0, -math.inf).argmax(1)]
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
@@ -418,7 +419,7 @@ class HeadManager:
 
     def lacks_labels(self, pool) -> bool:
         """Whether a taught class has no label, as after --from: others would claim its images."""
-        count = self.y[pool.labelled].bincount(minlength=len(pool.taught))  # (C)
+        count = self.y[pool.labelled].bincount(minlength=len(pool.taught))
         return bool((pool.taught & (count == 0)).any())
 
     @torch.no_grad()
@@ -444,13 +445,13 @@ class HeadManager:
         leaking = pool.taught_before[self.y[self.final & ~pool.labelled_before]].any()
         afresh, monitor.settled = not (leaking or monitor.settled), not leaking
         for unit in self.units.unnamed() if afresh else ():
-            if unit not in self.given:  # provisional until now
+            if unit not in self.given:
                 monitor.streak[concept == unit], monitor.cooldown_left = monitor.patience, 0
                 self.release(unit)
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
-        group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)  # (G)
+        group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)
         if group is not None:
             members = watched[group[claims[group].argsort()]]
             surest = members[: (len(members) + 1) // 2]
@@ -458,7 +459,9 @@ class HeadManager:
             concept[members] = unit
             self.log_unit("opened", unit, surest)
         member = concept[watched] if monitor.settled else -1  # (W)
-        votes[watched] = torch.where(unclaimed & (member < 0), UNKNOWN, member)
+        ages = [self.units.age[unit] for unit in self.units.unnamed()]
+        over = monitor.settled and min(ages, default=0) > 4 * monitor.cooldown + 2
+        votes[watched] = torch.where(unclaimed & (member < 0), -1 if over else UNKNOWN, member)
         return votes
 
     def centres(self, h: Tensor, member: Tensor) -> Tensor:
@@ -520,7 +523,7 @@ class HeadManager:
     def open_unit(self, pool, owner: int, index: Tensor) -> tuple[int, str]:
         """A unit for `owner`, imprinted with the images `index`; "grown" or "recycled"."""
         unit, how = self.units.allocate(self.network.head, self.optimizer, owner)
-        self.monitor.concept[self.monitor.concept == unit] = -1  # until now
+        self.monitor.concept[self.monitor.concept == unit] = -1
         if how == "grown":
             grow_head(self.ema.head, None)
         imprint(self.network.head, unit, self.embed(self.network, index))
@@ -563,7 +566,7 @@ class HeadManager:
             self.imprint_ema(pool, own, index)
         else:
             unit, how = self.open_unit(pool, c, index)
-            votes[votes == unit] = UNKNOWN  # its former owner's
+            votes[votes == unit] = UNKNOWN
             self.log(how, unit, c, len(index))
 
 
@@ -628,7 +631,7 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
-    norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]  # (filters) each
+    norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]
     gone = smallest([norm / norm.mean().clamp(min=1e-12) for norm in norms], share)
     masks = {}
     for (conv, norm), size, dead in zip(layers, norms, gone, strict=True):

@@ -303,7 +303,7 @@ def test_nt_xent_is_its_definition(kind):
 def test_supervised_is_cross_entropy():
     logits = randn(6, 5, dtype=torch.float64, requires_grad=True)
     units, active = tensor([0, 3, -1, 1, 3, 4]), tensor([1, 1, 0, 1, 0]).bool()
-    onehot = losses.one_hot(units, 5)  # one without a class, one not active
+    onehot = losses.one_hot(units, 5)
     masked, known = logits.masked_fill(~active, -math.inf), units.masked_fill(units == 4, -1)
     expected = F.cross_entropy(masked, known, ignore_index=-1)
     same_gradients(losses.supervised(logits, onehot, active), expected, logits)
@@ -473,7 +473,7 @@ def test_gradual_tells_its_story(capsys):
 @cases("share", [0.0, 0.3, 0.9, 1.0])
 def test_dead_filters_can_be_removed(share):
     network, x = model.build("vgg-small", 4), rand(16, 3, 32, 32)
-    network(x)  # moves the statistics
+    network(x)
     network.encoder.apply(lambda m: isinstance(m, nn.BatchNorm2d) and nn.init.normal_(m.bias))
     masks = gp.prune_filters(network.encoder, share)
     small = model.compact(network.eval())
@@ -858,7 +858,7 @@ def test_other_rows_are_left_alone(make, kind):
 
 def test_a_wrapped_head_is_changed_inside():
     inner, h = nn.Linear(4, 3), unit_rows(5, 4)
-    inner.sigma = nn.Parameter(torch.ones(1))  # has no row for each unit
+    inner.sigma = nn.Parameter(torch.ones(1))
     head = torch.compile(nn.DataParallel(inner), backend="eager")
     before = head(h).detach()
     gp.grow_head(head, None, 2)
@@ -1010,7 +1010,7 @@ def test_weights_and_filters_go():
     assert math.isclose(gp.sparsity_of(net), (~kept).float().mean(), rel_tol=1e-6) and net.scale.all()
     names = "0.weight 2.weight 4.weight heads.in_proj_weight heads.out_proj.weight wide.out_proj.weight"
     assert sorted(first) == names.split()
-    nn.init.ones_(net[0].weight)  # revived
+    nn.init.ones_(net[0].weight)
     gp.prune(net, 0.1, 0.0, first | {"5.weight": first["4.weight"]})
     assert equal(net[0].weight != 0, first["0.weight"])
     nn.init.ones_(net[1].bias)
@@ -1032,11 +1032,11 @@ def test_claims_and_resemblance_by_definition():
     left = torch.stack([claimed(pool_h[j], j) for j in place[named]])  # its own label does not count
     assert math.isclose(gp.threshold(pool_h, named, 0.3), left.quantile(0.3), rel_tol=1e-3, abs_tol=1e-4)
     assert gp.threshold(TWO, SOME) == -math.inf
-    y = (place % 4).where(place < 39, 4)  # the last one is alone
+    y = (place % 4).where(place < 39, 4)
     others = torch.stack([pool_h[(y == y[i]) & (place != i)].mean(0) for i in range(39)])
     cosine = F.cosine_similarity(pool_h[:39], others)
     assert math.isclose(gp.resemblance(pool_h, y), cosine.quantile(0.25), rel_tol=1e-4)
-    assert gp.resemblance(pool_h[:4], y[:4]) == 1  # one of each
+    assert gp.resemblance(pool_h[:4], y[:4]) == 1
 
 
 def crowd(classes, size, seed, named):
@@ -1051,7 +1051,7 @@ def test_a_kind_is_found_after_looks():
         (4, 150, (0.2, 3, 4), [2, 7]),  # and after four looks without a find
         (5, 150, (), []),  # all are named
         (0, 150, (), []),  # before the first label
-        (4, 150, (2,), []),  # too few
+        (4, 150, (2,), []),
         (4, 15, (), []),
     ):
         found, labelled = [], crowd(5, size, 0, named)[2]
@@ -1126,6 +1126,8 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
     assert (votes[pool.labelled] == -1).all() and (best == y)[y < 4].float().mean() > 0.9
     told = {(event["class"], event["purity"]) for event in manager.events}
     assert told == ({("e", 1.0), ("f", 1.0)} if truth else {(None, None)})
+    manager.units.age = [3] * 6  # nothing found for long
+    assert (votes == UNKNOWN).any() and not (manager.discover(pool, h) == UNKNOWN).any()
 
 
 def test_a_unit_is_provisional_and_released():
@@ -1152,7 +1154,7 @@ def test_a_unit_is_provisional_and_released():
 
 def test_units_merge_and_split():
     for told, kinds, events in (
-        ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),  # told apart
+        ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),
         (None, [[4, 5], [6], [7]], "split"),  # too young
         ({}, [[5], [6], [4]], "merged split"),
         ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named
@@ -1177,6 +1179,8 @@ def test_units_merge_and_split():
     assert again.names(pool.taught) == [*"abcd", "wolf", None, "pack"]
     assert again.units.owner[4::2] == [UNNAMED] * 2 and again.units.redundant() is None
     assert again.events == manager.events[:-1] and (again.monitor.concept == 6).any()
+    again.given[4] = "b"
+    assert again.owners()[:5].tolist() == [0, 1, 2, 3, 1]
 
 
 def test_a_wide_class_merges_no_units():
@@ -1250,7 +1254,7 @@ def test_figures_are_counted(row):
 
 def test_embedding_changes_nothing():
     network, x = model.build("cnn", 3), IMAGES[:9]
-    network.encoder[1].eval()  # a frozen layer among others
+    network.encoder[1].eval()
     before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
     h = ev.embed(network, x, batch_size=4)
     assert h.shape == (9, 128) and h.dtype == torch.float32
@@ -1341,7 +1345,7 @@ semi_kmeans(h, y, torch.arange(400) < 100, 4).tolist()"""
 
 @cases("call", IN_FLOAT32.splitlines())
 def test_figures_are_those_of_float32(call):
-    h = (4 * BLOBS).round() / 4  # the same in all types
+    h = (4 * BLOBS).round() / 4
     expected = eval(call, vars(ev) | {"h": h, "y": LABELS})
     with in_bf16():
         for same in (h.half(), h.bfloat16(), h.double(), h.requires_grad_()):
@@ -1354,7 +1358,7 @@ def answering(tmp_path_factory):
     torch.manual_seed(0)
     kinds, network = arange(36) // 12, model.build("cnn", 4)
     x = (220 * torch.eye(3)[kinds, :, None, None] + IMAGES[:36] / 13).byte()
-    network(x / 255)  # batch norm statistics
+    network(x / 255)
     h = F.normalize(ev.embed(network, x), dim=1)
     network.head.weight.data[:3] = h.view(3, 12, -1).mean(1)
     told = dict(h=h.half(), labelled=kinds < 2, limit=0.5, temperature=2.0, unnamed=[2])
@@ -1414,14 +1418,16 @@ def test_a_person_names_units(answering, tmp_path, capsys):
         assert f"unit 2 answers {name}{more}\n" in capsys.readouterr().out
         network = model.load(path)
         assert network.names == ["red", "green", name, None]
-        said = ev.answers(network, answering[1])["answer"]
-        assert said[24:] == [name] * 12
+        said = ev.answers(network, answering[1])
+        assert said["answer"][24:] == [name] * 12
+    logits = ev.embed(network, answering[1], "logits")[:, :3] / network.answering["temperature"]
+    assert_close(said["confidence"][24:], 1 - logits.softmax(1)[24:, 1])  # of both units
     saved = torch.load(path, weights_only=True)
     assert saved["given"] == {2: "red"} and saved["units"]["owner"] == [0, 1, -1, -2]
 
 
 def test_mistakes_and_concepts_are_sorted():
-    x = arange(8)  # stand for images
+    x = arange(8)
     said, y = tensor([[0, 1, 1, 0, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0, 1]])
     sure = tensor([0.9, 0.5, 1.0, 0.7, 0.8, 0.9, 0.6, 1.0])
     ((_, images, captions),) = ev.mistake_rows(x, said, sure, y, ["cat", "dog"])
@@ -1535,7 +1541,7 @@ def test_readme_snippets_run(answering, tmp_path, monkeypatch):
     here |= dict.fromkeys(("labels", "train_y", "test_y"), y) | {"optimizer": SGD(here["head"].parameters())}
     for snippet in re.findall("```python\n(.+?)```", text, re.S):
         exec(snippet, here)
-    won = here["head"](h).argmax(1) == 2  # by the imprinted unit
+    won = here["head"](h).argmax(1) == 2
     assert won[y == 0].float().mean() > 0.9 and won[y > 0].float().mean() < 0.05
     assert here["answers"]["answer"][::12] == ["red", "green", "unit 2"]
     for flags in re.findall(r"python train.py ([^`#\n]+)", text):
@@ -1584,7 +1590,7 @@ def end_of(run):
     return [t.numpy().tobytes() if torch.is_tensor(t) else t for t in tree_leaves(ends)]
 
 
-DRAWN = ("gradual", "self-known")  # with figures, which are slow
+DRAWN = ("gradual", "self-known")
 RUNS = {name: f"{TINY} --curriculum {name}" for name in curriculum.CURRICULA} | {
     "other seed": f"{TINY} --seed 1",
     "strict": f"{TINY} --epochs 6 --replay 2 --prune-units 0.4 --prune 0.5 --lr 0.1",
@@ -1642,7 +1648,7 @@ def test_a_stopped_run_ends_the_same(runs, tmp_path, capsys, monkeypatch):
 
     def not_a_number(*views, **options):
         calls.append(views)
-        return loss(*views, **options) * (math.nan if len(calls) == 4 + 2 else 1)  # four steps an epoch
+        return loss(*views, **options) * (math.nan if len(calls) == 4 + 2 else 1)
 
     def stop(path, content, mark=""):
         if str(path).endswith(".pt") and len(content.args[0]["rows"]) == epoch:
@@ -1658,7 +1664,7 @@ def test_a_stopped_run_ends_the_same(runs, tmp_path, capsys, monkeypatch):
         assert ("go on" in message) == (trouble is not None)
         assert len(saved_in(out)["rows"]) == epoch - 1 and not (out / "summary.json").exists()
     monkeypatch.undo()
-    for _ in range(2):  # measured and drawn again
+    for _ in range(2):
         assert start(out, "--resume") == 0 and end_of(out) == end_of(runs / "gradual")
     assert contents(out).keys() == contents(runs / "other seed").keys()
 
@@ -1719,7 +1725,7 @@ def test_bad_values(capsys, tmp_path, monkeypatch):
 
 def test_one_of_two_runs_gets_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))  # both look at once
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(()))
     args = Namespace(out=None, dataset="digits", curriculum="self", seed=0)
     made = [train.claim_folder(args, {"torch": "2"}) for _ in range(2)]
     args.out, second = made
@@ -1830,7 +1836,7 @@ def test_an_earlier_run_goes_on(tmp_path, capsys):
         assert (last["loss_propagation"] is not None) == ("ant bee cat" in classes)
         assert "--from decides --model" in refused(capsys, train.main, [*flags.split(), "--model=cnn"])
     assert contents(earlier) == before
-    earlier.rename(tmp_path / "gone")  # no longer needed
+    earlier.rename(tmp_path / "gone")
     assert start(out, "--resume") == 0
 
 

@@ -37,7 +37,7 @@ import grow_prune
 import losses
 import model
 
-TERMS = ("ntxent", "aggregation", "propagation", "supervised")  # of the loss
+TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 VERSION = 7  # of the checkpoint
 
 
@@ -64,10 +64,10 @@ class State:
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
         self.answering = None  # of `evaluate.answers`
-        self.before = None  # --from: accuracy on old classes
+        self.before = None  # accuracy, --from
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
         watched = data.sample(y >= -1, count, args.seed)
-        parts = y, watched, classes, owner, args.seed
+        parts = y, watched, classes, owner, args.seed, round(args.epochs / 30)
         embed = partial(evaluate.embed, bf16=self.bf16)
         self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
 
@@ -140,14 +140,14 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     x = torch.cat(views).contiguous(memory_format=torch.channels_last)  # (2B,3,H,W)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
-    z1, z2 = z.chunk(2)  # (B, 128) each
+    z1, z2 = z.chunk(2)
     index2, terms = index.repeat(2), {}  # (2B)
 
     if mix["aggregation"] or mix["propagation"]:
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
     if mix["ntxent"]:
         pseudo = targets.pseudo[index]  # (B)
-        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # no negatives of a kind
+        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # no negatives
         terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
     if mix["aggregation"]:
         terms["aggregation"] = losses.local_aggregation(z, index2, bank, targets.clusters, near)
@@ -305,10 +305,10 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
-                row |= evaluate.open_set(claims, limit, units.owners()[unit] < 0, *parts)
+                row |= evaluate.open_set(claims, limit, head.owners()[unit] < 0, *parts)
         if h is not None and hidden.any():
             row |= evaluate.gcd_accuracy(head.predict(h[hidden], taught)[0], y[hidden], ~taught[y[hidden]])
-    pseudo, guessed = units.owners()[targets.pseudo], hidden & (targets.pseudo >= 0)
+    pseudo, guessed = head.owners()[targets.pseudo], hidden & (targets.pseudo >= 0)
     row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, guessed)
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
@@ -348,7 +348,8 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
         # Training raises claims. Half fit the temperature, half test it.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
-        fit, held, target = named[::2], named[1::2], head.units.of_classes(len(classes))[test_y]  # (T)
+        fit, held = named[::2], named[1::2]
+        target = logits.masked_fill(head.owners() != test_y[:, None], -math.inf).argmax(1)  # (T)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
@@ -368,7 +369,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
-        unit = unit.masked_fill(~pool.active | unknown & (head.units.owners()[unit] >= 0), -1)
+        unit = unit.masked_fill(~pool.active | unknown & (head.owners()[unit] >= 0), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
     if unnamed := [u for u in unnamed if u not in head.given]:
