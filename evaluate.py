@@ -103,7 +103,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
     bias = train_h.new_zeros(len(weight), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure():  # with gradients
+    def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(train_h, weight, bias), train_y) + l2 * weight.square().sum()
         loss.backward()
@@ -362,7 +362,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
     logits = measured(network.head.forward)(h)[:, in_use] / memory.get("temperature", 1.0)
     called, place = [names[u] or f"unit {u}" for u in in_use], logits.argmax(1)
-    same = torch.tensor([[a == b for b in called] for a in called], device=x.device)  # of one name
+    same = torch.tensor([[a == b for b in called] for a in called], device=x.device)
     confidence = (logits.softmax(1) * same[place]).sum(1)
     unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
     if memory:
@@ -561,7 +561,7 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if (unit == unit[0]).all():
-        return np.zeros((len(unit), 2))  # a collapsed network
+        return np.zeros((len(unit), 2))
     if method == "umap":
         try:
             from umap import UMAP
@@ -884,8 +884,8 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        print(f"evaluate.py: error: {str(error) or 'stopped'}", file=sys.stderr)
         return 2
     return 0
 

@@ -115,15 +115,15 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
     if mix["aggregation"]:  # 42 a cluster
         k = max(2, round(len(members) / 42))
-        clusters = losses.clusterings(rows, pool.active, k, generator=generator)  # (3, N)
+        clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
         unknown = len(units.owner)  # one more, for the unexplained
-        count = votes[pool.labelled].bincount(minlength=unknown + 1)  # (U + 1)
+        count = votes[pool.labelled].bincount(minlength=unknown + 1)
         balance = count + (count > 0).float() if align else True  # few tell no share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         options = dict(k=50, temperature=0.1, balance=balance)
-        unit, sure = losses.propagate_labels(features, voted, voted >= 0, **options)  # (M), (M)
+        unit, sure = losses.propagate_labels(features, voted, voted >= 0, **options)
         pseudo[members] = unit.masked_fill(unit == unknown, -1)
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
     label = torch.where(pool.labelled, votes, -1)
@@ -290,7 +290,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
         asked = data.sample(dataset.test_y >= 0, max(fixed, last * len(dataset.test_y)), seed=0)  # (T)
-        test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]  # (T, D), (T)
+        test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]
         unit, guess = head.predict(test_h, taught)
         nameable = test_y < len(taught) - args.never_named
         row |= evaluate.epoch_accuracy(guess[nameable], test_y[nameable], args.known_classes)
@@ -338,7 +338,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     }
     here, named, unnamed = pool.active & true, taught[test_y].nonzero()[:, 0], head.units.unnamed()
     hidden, logits = here & ~pool.labelled, head.logits(test_h, taught)  # (N), (T, U)
-    unit, guess = head.predict(train_h, taught)[0], head.predict(test_h, taught)[1]  # (N), (T)
+    unit, guess = head.predict(train_h, taught)[0], head.predict(test_h, taught)[1]
     if taught.any() and hidden.any():
         new, nameless = ~taught[y], (~taught).nonzero()[:, 0].tolist()
         summary |= evaluate.gcd_accuracy(unit[hidden], y[hidden], new[hidden])
@@ -349,7 +349,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         # Training raises claims. Half fit the temperature, half test it.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held = named[::2], named[1::2]
-        target = logits.masked_fill(head.owners() != test_y[:, None], -math.inf).argmax(1)  # (T)
+        target = logits.masked_fill(head.owners() != test_y[:, None], -math.inf).argmax(1)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
@@ -549,7 +549,7 @@ def claim_folder(args, about: dict) -> str:
         with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=True)
             if not any(folder.iterdir()):
-                with open(folder / "args.json", "xb") as file:  # by one run
+                with open(folder / "args.json", "xb") as file:
                     try:
                         file.write(settings)
                         file.flush()
@@ -570,6 +570,7 @@ def several(args, argv: list[str]) -> int:
         own["class_order"], command = args.class_order + i, argv
         if args.resume is not None and Path(folder, "args.json").exists():
             command, own = ["--resume", folder, "--device", args.device, "--data-dir", args.data_dir], {}
+            command += ["--dataset", args.dataset] * (args.dataset != "auto")
         if status := main(command, **own):
             print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
             return status
