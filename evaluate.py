@@ -275,10 +275,10 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
 
     for _ in range(5):
         centres, clusters = means(rows[labelled], own, rows.new_zeros(k, rows.shape[1])), own
-        for new in range(known, k):  # k-means++
+        for new in range(known, k):
             far = torch.cdist(free, centres[:new]).amin(1).square().cpu() if new else torch.ones(len(free))
             centres[new] = free[torch.multinomial(far + 1e-12, 1, generator=generator).item()]
-        for _ in range(100):  # Lloyd
+        for _ in range(100):
             before, clusters = clusters, torch.cdist(rows, centres).argmin(1)
             clusters[labelled] = own
             if torch.equal(before, clusters):
@@ -867,7 +867,7 @@ def act(args):
     folders = runs_among(args.runs)
     if not folders:
         raise ValueError(f"{run}: not a run folder")
-    result = compare(folders)
+    result, out = compare(folders), out.with_suffix(out.suffix or ".png")
     return comparison_table(result) + f"\n\nDrawn to {out}." * attempt(draw_comparison, result, out)
 
 

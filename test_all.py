@@ -748,6 +748,7 @@ PIXELS = {
     "0..1.tiff": (np.float32(grey / 255), grey, 0),
     "0..255.tiff": (np.float32(grey), grey, 0),
     "any float.tiff": (np.float32(ramp * 1000 - 9), scaled, 1),
+    "over 1.tiff": (np.float32(ramp / 30), scaled, 1),
     "nan.tiff": (np.float32(np.where(ramp, grey, np.nan)), grey, 0),
 }
 
@@ -960,11 +961,11 @@ def test_named_units_are_not_recycled():
     assert_close(units.utility, p, atol=0.01, rtol=0)
     assert units.redundant() is None  # too young
     units.age, units.given[2] = [9] * 3, "wolf"
-    assert units.redundant() is None  # a person has named it
+    assert units.redundant() is None
     units.given.clear()
     assert units.allocate(head, None, 2) == (2, "recycled") and (units.owner, units.age[2]) == ([3, 1, 2], 0)
     units.age, units.utility = [9] * 3, zeros(3)
-    assert units.redundant() is None  # all have a class
+    assert units.redundant() is None
 
 
 def chain(width):
