@@ -308,8 +308,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
                 row |= evaluate.open_set(claims, limit, head.owners()[unit] < 0, *parts)
         if h is not None and hidden.any():
             row |= evaluate.gcd_accuracy(head.predict(h[hidden], taught)[0], y[hidden], ~taught[y[hidden]])
-    pseudo, guessed = head.owners()[targets.pseudo], hidden & (targets.pseudo >= 0)
-    row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, guessed)
+    pseudo, among = head.owners()[targets.pseudo], hidden & taught[y] & (targets.pseudo >= 0)
+    row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, among)
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
 
