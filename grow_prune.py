@@ -257,7 +257,7 @@ class ConfusionMonitor:
         # Two of a class have about the cosine reach**2.
         unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
-        classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)  # (C, D)
+        classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
         named = len(known) + ((unit @ classes.T).amax(1) > reach**2).sum()
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
@@ -267,7 +267,7 @@ class ConfusionMonitor:
             return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
 
         while len(again) >= at_least:
-            rows = unit[again]  # (A, D)
+            rows = unit[again]
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
             if similar.max() < at_least:
                 break
@@ -428,7 +428,8 @@ class HeadManager:
         """Give each kind that no label claims, epoch after epoch, a unit without a name; review these units.
 
         While labels leak, a unit is provisional: its images teach no name, and then all is asked afresh.
-        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: unnamed unit to vote for, UNKNOWN, or -1.
+        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: unnamed unit to vote for, or -1; UNKNOWN until
+        these are old.
         """
         votes, h = torch.full_like(self.y, -1), h.float()
         if not (pool.labelled_before & pool.active).any():
