@@ -428,7 +428,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- drawn: a run ----
 
-# Okabe & Ito's and Tol's colours, for colour-blind people.
+# Okabe & Ito's and Tol's, for colour-blind people.
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -473,7 +473,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
 
 
 def shown(name, length=24):
-    """A name for a picture: one line, shortened in the middle, "$" and a leading "_" harmless."""
+    """A name for a picture: one line, shortened, "$" and a leading "_" harmless."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
     return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
@@ -485,7 +485,7 @@ def style(i):
 
 
 def plot(ax, rows, key, label, **look):
-    """A column of log.csv over the epochs, unless it is empty."""
+    """A column of log.csv, unless it is empty."""
     x, y = np.array([(row["epoch"], row.get(key)) for row in rows], dtype=float).reshape(-1, 2).T
     if np.isfinite(y).any():
         ax.plot(x, y, label=label, markersize=3, **look)
@@ -853,8 +853,8 @@ def act(args):
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
     out = args.compact or args.out or ("predictions.csv" if args.predict else "comparison.png")
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out}: its folder is not there")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"{out} is a folder, or its folder is not there")
     if out.name == "checkpoint.pt":
         raise ValueError(f"{out} is a run's; use another name")
     source = run / "checkpoint.pt" if run.is_dir() else run

@@ -237,7 +237,7 @@ class ConfusionMonitor:
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.0002, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(n, dtype=torch.long, device=device)
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
         self.cooldown_left, self.settled = 0, False
 
@@ -359,15 +359,14 @@ class HeadManager:
 
     networks: the network, its EMA, each with a `head`, and the optimizer or None; embed(network, index):
     embeddings [n,D] of training images; y: int64 [N], classes or -1; watched: int64, images in which to look
-    for kinds; classes: names; owner: see `Units`; pace: looks to wait after a find. A `pool` is what an epoch
-    offers: bool [N] active, labelled, labelled_before, bool [C] taught, taught_before.
+    for kinds; classes: names; owner: see `Units`. A `pool` is what an epoch offers: bool [N] active,
+    labelled, labelled_before, bool [C] taught, taught_before.
     """
 
-    def __init__(self, networks, embed: Callable, y: Tensor, watched: Tensor, classes, owner, seed=0, pace=2):
+    def __init__(self, networks: tuple, embed: Callable, y: Tensor, watched: Tensor, classes, owner, seed=0):
         self.network, self.ema, self.optimizer = networks
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
-        self.units = Units(owner, pace + 1, y.device)
-        self.monitor = ConfusionMonitor(len(y), cooldown=pace, device=y.device)
+        self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
         self.epoch, self.events, self.given = 0, [], self.units.given
         self.final = y < 0  # bool [N], labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
@@ -391,11 +390,10 @@ class HeadManager:
         own = [self.classes[c] if c >= 0 and taught[c] else None for c in self.units.owner]
         return [self.given.get(unit, name) for unit, name in enumerate(own)]
 
-    def owners(self) -> Tensor:
-        """The class of each unit, also if a person named it so, or UNNAMED, FREE: int64 [U]."""
-        place = {name: c for c, name in enumerate(self.classes)}
-        own = [place.get(self.given.get(unit), c) for unit, c in enumerate(self.units.owner)]
-        return torch.tensor(own, device=self.y.device)
+    def answered(self, taught: Tensor) -> Tensor:
+        """The taught (bool [C]) class whose name each unit has, also from a person, or -1: int64 [U]."""
+        place = {self.classes[c]: c for c in taught.nonzero()[:, 0].tolist()}
+        return torch.tensor([place.get(name, -1) for name in self.names(taught)], device=self.y.device)
 
     def log(self, event: str, unit=None, c=None, count=None, purity=None) -> None:
         """Append a row of events.csv; c: the class."""
@@ -410,8 +408,8 @@ class HeadManager:
 
     def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
         """For embeddings h [N,D]: the best unit in use and the best class with a label, int64 [N] each."""
-        owner, logits = self.owners(), self.logits(h, taught)  # (U), (N, U)
-        return logits.argmax(1), owner[logits.masked_fill(owner < 0, -math.inf).argmax(1)]
+        c, logits = self.answered(taught), self.logits(h, taught)  # (U), (N, U)
+        return logits.argmax(1), c[logits.masked_fill(c < 0, -math.inf).argmax(1)]
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
         """Indices int64 [M] of active images that are watched or labelled (bool [N])."""
@@ -446,7 +444,7 @@ class HeadManager:
         leaking = pool.taught_before[self.y[self.final & ~pool.labelled_before]].any()
         afresh, monitor.settled = not (leaking or monitor.settled), not leaking
         for unit in self.units.unnamed() if afresh else ():
-            if unit not in self.given:
+            if unit not in self.given:  # provisional until now
                 monitor.streak[concept == unit], monitor.cooldown_left = monitor.patience, 0
                 self.release(unit)
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))

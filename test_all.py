@@ -1140,7 +1140,7 @@ def test_a_unit_is_provisional_and_released():
         votes = manager.discover(pool, h)
         assert manager.units.unnamed() == units and (votes[concept >= 0] == UNKNOWN).all()
     pool.labelled = manager.final
-    manager.monitor.patience, manager.monitor.cooldown_left = 2, 9  # asked at once
+    manager.monitor.patience, manager.monitor.cooldown_left = 2, 9
     for pool.labelled_before in (full, full, manager.final):
         votes = manager.discover(pool, h)
     assert happened(manager) == "opened opened released released opened opened"
@@ -1181,7 +1181,7 @@ def test_units_merge_and_split():
     assert again.units.owner[4::2] == [UNNAMED] * 2 and again.units.redundant() is None
     assert again.events == manager.events[:-1] and (again.monitor.concept == 6).any()
     again.given[4] = "b"
-    assert again.owners()[:5].tolist() == [0, 1, 2, 3, 1]
+    assert again.answered(pool.taught)[:5].tolist() == [0, 1, 2, 3, 1]
 
 
 def test_a_wide_class_merges_no_units():

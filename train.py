@@ -1,7 +1,7 @@
 """Train an image encoder by gradual supervision: `python train.py --curriculum gradual`.
 
 Read `train`: in each epoch classes arrive and get names, images get targets, steps are taken, and what was
-learned is pruned, evaluated, logged and saved.
+learned is pruned, evaluated and saved.
 """
 
 import os
@@ -38,7 +38,7 @@ import losses
 import model
 
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
-VERSION = 7  # of the checkpoint
+VERSION = 7
 
 
 # ---- the parts ----
@@ -64,10 +64,10 @@ class State:
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
         self.answering = None  # of `evaluate.answers`
-        self.before = None  # accuracy, --from
+        self.before = None
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
         watched = data.sample(y >= -1, count, args.seed)
-        parts = y, watched, classes, owner, args.seed, round(args.epochs / 30)
+        parts = y, watched, classes, owner, args.seed
         embed = partial(evaluate.embed, bf16=self.bf16)
         self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
 
@@ -117,7 +117,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
-        unknown = len(units.owner)  # one more, for the unexplained
+        unknown = len(units.owner)  # one more
         count = votes[pool.labelled].bincount(minlength=unknown + 1)
         balance = count + (count > 0).float() if align else True  # few tell no share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
@@ -141,7 +141,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
     z1, z2 = z.chunk(2)
-    index2, terms = index.repeat(2), {}  # (2B)
+    index2, terms = index.repeat(2), {}
 
     if mix["aggregation"] or mix["propagation"]:
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
@@ -190,7 +190,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
-    head.final = pool.labelled
+    head.final, pace = pool.labelled, round(args.epochs / 30)  # looks
+    head.monitor.cooldown, head.units.mature = pace, pace + 1
 
     def right(among: Tensor) -> Tensor:
         return head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
@@ -283,32 +284,32 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
     """A row of log.csv, from some test images, at last all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
-    units, unnamed, hidden = head.units, head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
+    unnamed, hidden = head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
-    row |= {"labelled": labels / len(y), "units": len(units.owner), "unnamed": len(unnamed)}
+    row |= {"labelled": labels / len(y), "units": len(head.units.owner), "unnamed": len(unnamed)}
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
-        asked = data.sample(dataset.test_y >= 0, max(fixed, last * len(dataset.test_y)), seed=0)  # (T)
+        asked = data.sample(dataset.test_y >= 0, max(fixed, last * len(dataset.test_y)), seed=0)
         test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]
         unit, guess = head.predict(test_h, taught)
         nameable = test_y < len(taught) - args.never_named
         row |= evaluate.epoch_accuracy(guess[nameable], test_y[nameable], args.known_classes)
         row |= evaluate.accuracy_by_class(guess[:fixed], test_y[:fixed], dataset.classes)
         if labels and (args.curriculum == "gradual" or last):
-            near = head.neighborhood(pool, pool.labelled)  # (M)
+            near = head.neighborhood(pool, pool.labelled)
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
-            told = {"h": near_h.half(), "labelled": labelled, "limit": limit, "unnamed": unnamed}
-            state.answering = told | {"temperature": 1.0}
+            told = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
+            state.answering = told | {"h": near_h.half()}
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
-                row |= evaluate.open_set(claims, limit, head.owners()[unit] < 0, *parts)
+                row |= evaluate.open_set(claims, limit, torch.isin(unit, unit.new_tensor(unnamed)), *parts)
         if h is not None and hidden.any():
             row |= evaluate.gcd_accuracy(head.predict(h[hidden], taught)[0], y[hidden], ~taught[y[hidden]])
-    pseudo, among = head.owners()[targets.pseudo], hidden & taught[y] & (targets.pseudo >= 0)
+    pseudo, among = head.answered(taught)[targets.pseudo], hidden & taught[y] & (targets.pseudo >= 0)
     row |= evaluate.pseudo_label_quality(pseudo, targets.confidence, y, among)
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
@@ -346,10 +347,10 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
-        # Training raises claims. Half fit the temperature, half test it.
+        # Training raises claims. Half fit, half test.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held = named[::2], named[1::2]
-        target = logits.masked_fill(head.owners() != test_y[:, None], -math.inf).argmax(1)
+        target = logits.masked_fill(head.answered(taught) != test_y[:, None], -math.inf).argmax(1)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
             sure, best = (logits[held] / temperature).softmax(1).max(1)
@@ -369,7 +370,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
-        unit = unit.masked_fill(~pool.active | unknown & (head.owners()[unit] >= 0), -1)
+        unit = unit.masked_fill(~pool.active | unknown & ~torch.isin(unit, unit.new_tensor(unnamed)), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
     if unnamed := [u for u in unnamed if u not in head.given]:
