@@ -351,14 +351,14 @@ def read_image(path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: transparency on white, more than 8 bits scaled by their range.
 
-    The range is the smallest of 8, 12 and 16 bits that holds all pixels, for floats 0..1 or, above 2, 0..255,
+    The range is the smallest of 8, 12 and 16 bits that holds all pixels, of floats 0..1 or, above 32, 0..255,
     else from the darkest to the brightest pixel.
     """
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         finite = values[np.isfinite(values)]
         low, high = finite.min().item(), finite.max().item()
-        ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)[: 1 + (high > 2)]
+        ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)[: 1 + (high > 32)]
         low, high = next(((0, end) for end in ends if 0 <= low and high <= end), (low, high))
         values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
         image = Image.fromarray(((values - low) * (255.999 / ((high - low) or 1))).astype(np.uint8))
