@@ -53,7 +53,7 @@ class Dataset:
     notes: list[str] = field(default_factory=list)  # on what was read
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """The same data set with its four tensors on `device`."""
+        """The same data set on `device`."""
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
 
@@ -91,22 +91,22 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, or its name if it has none."""
+    """An error's message on one line, or its name."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text with escapes for control characters and undecodable bytes."""
+    """Text with escapes for what cannot be printed."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def wrong(text: str) -> ValueError:
-    """An error that says this on one line."""
+    """An error with this text on one line."""
     return ValueError(printable(text))
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
-    """The first few names, and how many more there are."""
+    """The first names, and how many more there are."""
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
@@ -286,7 +286,7 @@ def walk(root: str, top: str, told: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files among `paths`, and in the folders among them, sorted, all but hidden ones."""
+    """The files among `paths` and in folders among them, sorted, but hidden ones."""
     found = []
     for path in map(os.path.expanduser, paths):
         files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
@@ -357,6 +357,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         finite = values[np.isfinite(values)]
+        if not finite.size:
+            raise ValueError("no pixel is a number")
         low, high = finite.min().item(), finite.max().item()
         ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)[: 1 + (high > 32)]
         low, high = next(((0, end) for end in ends if 0 <= low and high <= end), (low, high))
@@ -570,7 +572,7 @@ def read_checkpoint(path, version: int) -> dict:
     """A checkpoint, on the CPU. Raises ValueError if it is missing, damaged or another version's."""
     try:
         with zipfile.ZipFile(path) as file:
-            if torn := file.testzip():  # torch.load does not look at the checksums
+            if torn := file.testzip():  # torch.load ignores checksums
                 raise ValueError(f"the checksum of {torn} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = saved["version"]
