@@ -1,4 +1,4 @@
-"""What an encoder has learned, in numbers and in pictures.
+"""What an encoder has learned, in numbers and pictures.
 
     h = embed(network, dataset.test_x)  # [N,D]
     linear_probe(train_h, train_y, h, y), cluster_scores(h, y)
@@ -115,7 +115,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 
 @measured
 def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, k=20) -> float:
-    """Test accuracy (0..1) of k nearest neighbours by cosine, with votes exp(cosine / 0.1)."""
+    """Test accuracy (0..1) of k nearest neighbours by cosine, votes exp(cosine / 0.1)."""
     from sklearn.neighbors import KNeighborsClassifier
 
     if k < 1:
@@ -261,8 +261,8 @@ def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
 def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tensor:
     """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: clusters, int64 [N].
 
-    Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. The other
-    centres start by k-means++ among the rest. The tightest of five attempts counts.
+    Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. Others
+    start by k-means++ among the rest. The tightest of five attempts counts.
     """
     rows, (given, own), attempts = F.normalize(h, dim=1), y[labelled].unique(return_inverse=True), {}
     free, generator, known = rows[~labelled], torch.Generator().manual_seed(seed), len(given)
@@ -290,7 +290,7 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
 
 @measured
 def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Sequence[int]) -> dict:
-    """How units without a name fit the classes that never get one; unit, y int64 [N]: -1 for none.
+    """How unnamed units fit the classes that never get a name; unit, y int64 [N]: -1 for none.
 
     concepts: such units; concepts_true: such classes mostly in one of them, as its largest part; purity:
     {unit: share of its largest class}.
@@ -464,12 +464,13 @@ def figure(path, width, height, rows=1, columns=1, **options):
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
     with rc_context(LOOK | {"font.family": fonts}), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
         warnings.filterwarnings("always", "Glyph")
         fig = figure.Figure((width, height), layout="constrained")
         yield fig, fig.subplots(rows, columns, **options)
         fig.savefig(path, dpi=150, bbox_inches="tight")
     if caught:
-        say_once("note: no installed font has all characters of the names; Noto Sans CJK has most")
+        say_once("note: no installed font has all characters of the names; try Noto Sans CJK")
 
 
 def shown(name, length=24):
@@ -485,14 +486,14 @@ def style(i):
 
 
 def plot(ax, rows, key, label, **look):
-    """A column of log.csv, unless it is empty."""
+    """A column of log.csv, unless empty."""
     x, y = np.array([(row["epoch"], row.get(key)) for row in rows], dtype=float).reshape(-1, 2).T
     if np.isfinite(y).any():
         ax.plot(x, y, label=label, markersize=3, **look)
 
 
 def draw_curves(rows, classes, path):
-    """The run over its epochs: accuracy, losses, labels, what is unknown. rows: of log.csv."""
+    """The epochs: accuracy, losses, labels, what is unknown. rows: of log.csv."""
     known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
@@ -553,7 +554,7 @@ def draw_life(rows, events, classes, path, owner):
 
 @measured
 def project(h: Tensor, method="tsne") -> np.ndarray:
-    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap" (ValueError if it is not installed)."""
+    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap" (ValueError if not installed)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -575,7 +576,7 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
     """2,000 embeddings h [N,D] of classes y [N] in two dimensions.
 
-    known, seen: classes at the start, the end (None: all). Late ones are outlined, unseen ones are grey.
+    known, seen: classes at the start, the end (None: all). Late ones are outlined, unseen grey.
     """
     chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
     points, y, known, seen = project(h[chosen], method), y[chosen].cpu().numpy(), known or n, seen or n
@@ -649,7 +650,7 @@ def mistake_rows(x, predicted, confidence, y, classes):
 
 @measured
 def concept_rows(x, h, unit, unknown, names):
-    """Rows for a contact sheet: units without a name, the unknown, named units; from the centre outwards.
+    """Rows for a contact sheet: unnamed units, the unknown, named units; from the centre outwards.
 
     x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of units, or None.
     """
@@ -671,7 +672,7 @@ APART = "seed class_order out resume data_dir device embedding torch commit mach
 
 
 def read_runs(path):
-    """Settings and summary of the run in a folder, or of each in a table; else ValueError."""
+    """Settings and summary of a run folder, or of each in a table; else ValueError."""
 
     def value(cell):
         try:
@@ -783,7 +784,7 @@ def write_compact(source, path):
 
 
 def predict(source, paths, table):
-    """Answer for images and folders of them: rows in `table`, a picture beside it; counts."""
+    """Answer for images, folders: rows in `table`, a picture beside it; counts."""
     from tqdm import trange
 
     from train import data, model
@@ -823,7 +824,7 @@ def draw_predictions(path, files, rows, size):
 
 
 def name_units(path, pairs):
-    """Give units found without labels the names of UNIT=NAME; that of a class joins the unit to it."""
+    """Name units found without labels by UNIT=NAME; a class's name joins the unit to it."""
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
@@ -831,7 +832,7 @@ def name_units(path, pairs):
     found = [unit for unit, owner in enumerate(owners) if owner == -1]
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*([^\s=].*?)\s*", pair)
-        if not parts or re.fullmatch(r"unknown|unit \d+", parts[2]):
+        if not parts or not parts[2].isprintable() or re.fullmatch(r"unknown|unit +\d+", parts[2]):
             raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
@@ -847,7 +848,7 @@ def name_units(path, pairs):
 
 
 def act(args):
-    """Do what the command line asks for; the text to print."""
+    """Do what was asked; the text to print."""
     asked = [f"--{flag}" for flag in ("compact", "predict", "name") if getattr(args, flag)]
     if asked and len(asked) + len(args.runs) > 2:
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
@@ -855,7 +856,7 @@ def act(args):
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"{out} is a folder, or its folder is not there")
-    if out.name == "checkpoint.pt":
+    if out.stem in ("args", "checkpoint", "events", "log", "summary"):
         raise ValueError(f"{out} is a run's; use another name")
     source = run / "checkpoint.pt" if run.is_dir() else run
     if args.compact:
@@ -873,19 +874,23 @@ def act(args):
 
 def main(argv=None):
     """The command line. Exit status: 0, or 2 after a line on stderr."""
-    parser = argparse.ArgumentParser(description="Compare finished runs, or use one of them.")
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folders, folders of them, tables (FILE.csv)")
-    add("--predict", nargs="+", metavar="PATH", help="answer for images and folders of them")
-    add("--name", action="append", metavar="UNIT=NAME", help="name what was found: 8=wolf")
-    add("--compact", metavar="FILE", help="write the network without its dead filters")
+
+    def fail(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser()
+    parser.error, add = fail, parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="runs, folders of them, tables (FILE.csv)")
+    add("--predict", nargs="+", metavar="PATH", help="answer for images, folders of them")
+    add("--name", action="append", metavar="UNIT=NAME", help="name a unit: 8=wolf")
+    add("--compact", metavar="FILE", help="the network without dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        print(f"evaluate.py: error: {str(error) or 'stopped'}", file=sys.stderr)
+        print(f"evaluate.py: error: {' '.join(f'{error}'.split()) or 'stopped'}", file=sys.stderr)
         return 2
     return 0
 
