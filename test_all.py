@@ -930,7 +930,7 @@ def test_arithmetic_stays_in_float32(dtype):
 def test_an_imprinted_unit_takes_little():
     h, others = (randn(205, 8) + 1).split([5, 200])
     for head, *rest in ((nn.Linear(8, 4, bias=False), others), (model.CosineHead(8, 4),)):
-        gp.imprint(head, 3, h, *rest)  # at first, the mean direction
+        gp.imprint(head, 3, h, *rest)  # first, the mean
         mean = F.normalize(F.normalize(h, dim=1).mean(0), dim=0) * head.weight[:3].norm(dim=1).mean()
         assert_close(head.weight[3], mean)
     for tolerance in (0.0, 0.02, 0.5, 1.0):
@@ -1015,7 +1015,7 @@ def test_weights_and_filters_go():
     gp.prune(net, 0.1, 0.0, first | {"5.weight": first["4.weight"]})
     assert equal(net[0].weight != 0, first["0.weight"])
     nn.init.ones_(net[1].bias)
-    kept = gp.prune_filters(net, 1.0)["1.bias"]  # the largest of a layer
+    kept = gp.prune_filters(net, 1.0)["1.bias"]  # a layer's largest
     assert kept.sum() == 1 and not net[1](net[0](rand(2, 3, 8, 8)))[:, ~kept].any()
     assert gp.prune_smallest(net[1], 0.5) == {} and gp.sparsity_of(nn.ReLU()) == 0
 
@@ -1134,7 +1134,7 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
 def test_a_unit_is_provisional_and_released():
     manager, pool, h, y = nameless(6)
     full, concept = pool.labelled, manager.monitor.concept
-    manager.final = full | (pool.place == 899)  # of another class, which changes nothing
+    manager.final = full | (pool.place == 899)  # another class: no change
     pool.labelled = pool.labelled_before = full & (pool.place % 4 > 0)  # a pause
     for units in ([4], [4, 5]):
         votes = manager.discover(pool, h)
@@ -1192,7 +1192,7 @@ def test_a_wide_class_merges_no_units():
     assert review(manager, pool, h, y)[:2] == [[4], [5]]
 
 
-@cases("units", [4, 5])  # is there one for the class?
+@cases("units", [4, 5])  # one for the class?
 @cases("found", [True, False])  # one without a name?
 def test_first_labels_name_their_unit(found, units):
     manager, pool, h, y = nameless(units=units)
@@ -1205,7 +1205,7 @@ def test_first_labels_name_their_unit(found, units):
     assert manager.units.owner == [0, 1, 2, 3, *[FREE] * (units - 4) * found, 4]
     assert happened(manager) == ("released " * (units - 4) + "named" if found else "grown" * (5 - units))
     assert (manager.predict(h, pool.taught)[1] == y).float().mean() > 0.9
-    # It points at its images, away from the others; the learner is left alone.
+    # It points at its images, away from others; the learner is left alone.
     towards = gp.discriminant(h[fifth | own & found].mean(0), h[known], y[known])
     assert F.cosine_similarity(manager.ema.head.weight[unit], towards, dim=0) > 0.9999
     assert not found or equal(manager.network.head.weight, learner)
@@ -1490,7 +1490,9 @@ bad.csv | bad.csv: not a
 list --out nowhere/figure.png | its folder is not there
 list torn --compact small.pt | --compact: one at a time, of one run
 list --predict list --name 2=blue | one at a time
-some/three --compact small.pt | checkpoint.pt"""
+some/three --compact small.pt | checkpoint.pt
+list --out log.csv | a run's
+list --nme | unrecognized"""
 
 
 def test_runs_are_compared(tmp_path, monkeypatch, capsys):
