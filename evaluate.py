@@ -1,7 +1,5 @@
 """What an encoder has learned, in numbers and pictures.
 
-    h = embed(network, dataset.test_x)  # [N,D]
-    linear_probe(train_h, train_y, h, y), cluster_scores(h, y)
     answers(network, images)  # {"unit", "answer", "confidence", "claim"}
 
 `python evaluate.py` compares runs, answers for images and names what was found.
@@ -844,6 +842,7 @@ def name_units(path, pairs):
     if checkpoint["answering"]:
         checkpoint["answering"]["unnamed"] = found
     data.write_atomically(path, functools.partial(torch.save, checkpoint))
+    lines += ["if it still trains, it forgets this"] * (not Path(path).with_name("summary.json").exists())
     return "\n".join(lines)
 
 
