@@ -259,8 +259,8 @@ def gcd_accuracy(unit: Tensor, y: Tensor, new: Tensor) -> dict:
 def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tensor:
     """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: clusters, int64 [N].
 
-    Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. Others
-    start by k-means++ among the rest. The tightest of five attempts counts.
+    Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. Other
+    centres start by k-means++. The tightest of five attempts counts.
     """
     rows, (given, own), attempts = F.normalize(h, dim=1), y[labelled].unique(return_inverse=True), {}
     free, generator, known = rows[~labelled], torch.Generator().manual_seed(seed), len(given)
