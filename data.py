@@ -1,7 +1,6 @@
 """Images and labels in memory: what is there, what is active, what is labelled.
 
 Images are a uint8 tensor [N,3,S,S], labels an int64 tensor [N] (-1: none).
-Labels leak out class by class in a fixed random order (`leak_order`, `label_mask`).
 """
 
 import csv
@@ -85,18 +84,18 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean 'x'?" for the known name nearest to a mistyped one, or nothing."""
+    """ ", did you mean 'x'?" for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean '{near[0]}'?" if near else ""
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, or its name."""
+    """An error in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text with escapes for what cannot be printed."""
+    """Text, escaped where not printable."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -106,7 +105,7 @@ def wrong(text: str) -> ValueError:
 
 
 def some(names: Sequence[str], most: int = 10) -> str:
-    """The first names, and how many more there are."""
+    """The first names, how many more."""
     return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
@@ -131,7 +130,7 @@ def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
 
 
 def read_digits(size: int) -> tuple[tuple, list[str]]:
-    """scikit-learn's 1,797 handwritten digits; a fixed, stratified quarter is the test set."""
+    """scikit-learn's 1,797 digits; a fixed, stratified quarter is the test set."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -218,10 +217,13 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
         each = some([f"{name[:40]} {count[c]}" for c, name in enumerate(classes) if count[c]], 12)
         if count:
             notes.append(f"{part}: {count.total()} images" + f" ({each})" * bool(each))
-    tested = {image.numpy().tobytes() for image in x[test]}
-    rows = zip(good, x, ~test, strict=True)
-    both = [file for file, image, own in rows if own and image.numpy().tobytes() in tested]
-    told["in train and in test, used in both"] = both
+    alike = defaultdict(list)
+    for file, image, held in zip(good, x, test.tolist(), strict=True):
+        alike[hashlib.sha256(image.numpy()).digest()].append((file, good[file][1], held))
+    for same in alike.values():
+        _, names, tested = zip(*same, strict=True)
+        told["in train and in test, used in both"] += [file for file, _, out in same if not out] * any(tested)
+        told["in several classes"] += [file for file, name, _ in same if name] * (len({*names} - {""}) > 1)
     notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
@@ -236,7 +238,7 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
     """{file: (split, class or "")}, the classes, and {kind: files that are not read}."""
     beside = [name for name in sorted(os.listdir(path)) if name[0] != "."] if os.path.isdir(path) else []
     if not os.path.isdir(f"{path}/train"):
-        raise wrong(f"{path}/train is not there, but {some(beside, 4) or 'nothing'}; {LAYOUT}")
+        raise wrong(f"{path}/train is not there{', but ' * bool(beside)}{some(beside, 4)}; {LAYOUT}")
     test = [name for name in TEST if os.path.isdir(f"{path}/{name}")][:1]
     used = [name for name in ("train", *UNLABELLED, *test) if name in beside]
     told, files = defaultdict(list), {}
@@ -263,7 +265,7 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
 
 
 def walk(root: str, top: str, told: dict) -> list[str]:
-    """The files below root/top, relative to root and sorted; what is not read is added to `told`."""
+    """The files below root/top, relative to root and sorted; `told` gets what is not read."""
 
     def refuse(error):
         raise error
@@ -286,7 +288,7 @@ def walk(root: str, top: str, told: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files among `paths` and in folders among them, sorted, but hidden ones."""
+    """The files among `paths` and in folders there, sorted, but hidden ones."""
     found = []
     for path in map(os.path.expanduser, paths):
         files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
@@ -506,14 +508,14 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
 
 
 def reorder(dataset: Dataset, order: Sequence[int]) -> Dataset:
-    """The data set with classes renumbered by their place in `order`: order[0] becomes 0."""
+    """The data set with its classes in `order`: order[0] becomes 0."""
     rank = torch.tensor([*torch.as_tensor(order).argsort(), -1], device=dataset.train_y.device)
     classes = [dataset.classes[c] for c in order]
     return replace(dataset, train_y=rank[dataset.train_y], test_y=rank[dataset.test_y], classes=classes)
 
 
 def fingerprint(dataset: Dataset) -> dict:
-    """{"images": a digest of all pixels and labels in their order, "classes": the names}."""
+    """{"images": a digest of all pixels and labels, "classes": the names}."""
     digest = hashlib.sha256()
     for part in filter(torch.is_tensor, vars(dataset).values()):
         digest.update(f"{part.shape}".encode() + part.cpu().numpy().tobytes())
@@ -524,7 +526,7 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def write_atomically(path, content, mark: str = "") -> None:
-    """Write bytes, or what a function writes to a file; a kill or full disk leaves the old one."""
+    """Write bytes, or what a function writes; a kill or full disk leaves the old file."""
     part = Path(f"{path}{mark}.part")
     try:
         with open(part, "wb") as file:
@@ -550,7 +552,7 @@ def write_json(path, value: dict) -> None:
 
 
 def write_csv(path, rows: list[dict], columns=None) -> None:
-    """Rows as CSV in UTF-8, floats with six digits. columns: all if not given."""
+    """Rows as CSV in UTF-8, floats with six digits."""
     columns = columns or [*dict.fromkeys(key for row in rows for key in row)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -569,7 +571,7 @@ def write_table(path, rows: list[dict], columns=None) -> str | None:
 
 
 def read_checkpoint(path, version: int) -> dict:
-    """A checkpoint, on the CPU. Raises ValueError if it is missing, damaged or another version's."""
+    """A checkpoint, on the CPU; ValueError if it is missing, damaged or another version's."""
     try:
         with zipfile.ZipFile(path) as file:
             if torn := file.testzip():  # torch.load ignores checksums

@@ -639,7 +639,7 @@ add unlabelled/a/x.png;add unlabelled/b/y.png;ln unlabelled/b unlabelled/a/c;add
 
 add val/ant/x.png;add train/x.png;add test/cat/x.png;add train/dog/a/0.png;rm train/dog/a
 3 3 0 7 ... beside train: 1: val ... in no class folder: 1: train/x.png ... empty: 1: train/dog ... \
-only in test, never trained: 1: cat
+never trained: 1: cat
 
 touch ANT/a.txt;touch ANT/a.png;ln nowhere ANT/b.png;ln /dev/null ANT/c.png
 3 3 0 6 ... not an image that Pillow opens: 1: ANT/a.txt ... unreadable: 3: ANT/a.png (not a readable \
@@ -649,7 +649,7 @@ add ANT/.x.png;add ANT/.y/0.png;ln train ANT/up;ln . train/up
 3 3 0 6 ... hidden or a link back up: 4: train/up, ANT/.x.png, ANT/.y, ANT/up
 
 ln test/bee/1.png ANT/x.png;add unlabelled/x.png;cp test/bee/1.png unlabelled/y.png
-4 3 2 6 ... in train and in test, used in both: 2: ANT/x.png, unlabelled/y.png
+4 3 2 6 ... in train and in test, used in both: 2: ANT/x.png, unlabelled/y.png ... several classes: 2
 
 add ANT/a.png 64 600;add ANT/b.png 300 200;add ANT/c.png 300 400
 4 3 0 6 ... unreadable: 2: ANT/b.png (Image size (60000 ... ANT/c.png (Image size (120000 ... 600x64
@@ -661,7 +661,7 @@ rm train;touch train;touch u;touch v;touch w
 !/train is not there, but test, train, u, v and 1 more; a folder
 
 rm train;rm test
-!/train is not there, but nothing; a folder
+!/train is not there; a folder
 
 rm train/bee;rm test/bee
 !/train: at least two classes with images are needed, not ['ant']
