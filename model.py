@@ -3,17 +3,17 @@
     network = build("vgg16", num_classes=7)
     h, z, logits = network(x)       # x float [B,3,32,32] in 0..1 -> h [B,512], unit z [B,128], logits [B,7]
 
-    network = load("RUN/checkpoint.pt")             # what a run has learned
+    network = load("RUN")                           # what a run has learned
     torch.save(pack(compact(network)), "small.pt")  # without its dead filters; load reads this too
 
-Images are normalised inside.
+Images are normalised.
 """
 
 import copy
 import difflib
+import os
 import zipfile
 from collections.abc import Callable, Sequence
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class VGG(nn.Sequential):
         layers: list[nn.Module] = []
         width = 3
         for item in config:
-            if item == "M":  # before the ReLU, which then has less to do
+            if item == "M":  # before the ReLU: less to do
                 layers.insert(-1, nn.MaxPool2d(2, ceil_mode=True))
             else:
                 conv = nn.Conv2d(width, item, 3, padding=1, bias=False)
@@ -142,8 +142,9 @@ def build(
 
 
 @torch.random.fork_rng(devices=())  # leaves later draws alone
-def load(path: str | PathLike) -> Network:
-    """The network of a run's checkpoint.pt or of a file from `pack`, in eval mode; ValueError for others."""
+def load(path: str | os.PathLike) -> Network:
+    """The network of a run (its folder, its checkpoint.pt) or from `pack`, in eval mode; else ValueError."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("damaged")
@@ -155,14 +156,14 @@ def load(path: str | PathLike) -> Network:
         network.names, network.answering = saved["names"], saved["answering"]
     except OSError:
         raise
-    except Exception as error:  # whatever torch raises for a foreign file
+    except Exception as error:  # as torch raises for foreign files
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: not a network saved by a run or from pack ({reason})") from None
     return network.eval()
 
 
 def pack(network: Network) -> dict:
-    """What `load` reads, in the form of a run's checkpoint."""
+    """What `load` reads, like a run's checkpoint."""
     args = {"model": network.spec, "image_size": network.image_size}
     names = network.names or [None] * network.head.out_features
     return {"args": args, "ema": network.state_dict(), "names": names, "answering": network.answering}
@@ -171,7 +172,7 @@ def pack(network: Network) -> dict:
 @torch.random.fork_rng(devices=())
 @torch.no_grad()
 def compact(network: Network) -> Network:
-    """A copy of a network with a VGG without its dead filters: faster, with the same outputs in eval mode.
+    """A copy of a network with a VGG, without dead filters: faster, the same outputs in eval mode.
 
     A filter is dead if its batch norm has neither scale nor shift. The last layer, the embedding, keeps all.
     """
@@ -260,7 +261,7 @@ def configure_optimizer(network: Network, lr: float, weight_decay: float = 5e-4)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups; a tensor in place, where a captured step reads it."""
+    """Set the learning rate of all groups; a tensor in place, for captured steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
 
@@ -291,7 +292,7 @@ def supports_bf16(device: torch.device) -> bool:
 class CUDAGraphStep:
     """A training step as a CUDA graph: Python starts short kernels more slowly than a GPU runs them.
 
-    The first call runs eagerly, the second is captured, all others replay it. What it touches must keep its
+    The first call runs eagerly, the second is captured, others replay it. What it touches must keep its
     address, x its shape; a call overwrites the last result. generator: what it draws from; pool: its memory.
     """
 

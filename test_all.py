@@ -1625,7 +1625,7 @@ def test_every_curriculum_leaves_figures(runs, name):
     assert ("calibration_error" in summary) == taught and summary.get("calibration_error", 0) < 0.5
     for picture in ["curves", "embedding"] + ["confusion", "concepts", "mistakes"] * taught:
         assert name not in DRAWN or (run / f"{picture}.png").stat().st_size > 5_000
-    names = model.load(run / "checkpoint.pt").names
+    names = model.load(run).names
     assert sorted(filter(None, names)) == [*"0123456789"] * taught
 
 
@@ -1704,11 +1704,11 @@ BAD_VALUES = f"""
 --epochs 2.5 | --epochs: must be int in 1.., not '2.5'
 --image-size 20 | multiple of 8
 --never-named 10 | must fit the 10 classes
---late 3,x | --late: x must be new classes
+--late 3,x, | --late: ['', 'x'] must be new classes
 --late 3 --known-classes 9 | --late decides --known-classes
 --device warp | --device 'warp' cannot be used
 --inject digits:3 | a class '3' is there already
---from nowhere | nowhere/checkpoint.pt
+--from nowhere | nowhere
 --seed 1 --see 2 | unrecognized arguments: --see 2
 --out {"x" * 300} | File name too long
 --out /proc/run | /proc/run

@@ -37,7 +37,7 @@ import grow_prune
 import losses
 import model
 
-TERMS = ("ntxent", "aggregation", "propagation", "supervised")
+TERMS = evaluate.TERMS
 VERSION = 7
 
 
@@ -467,9 +467,9 @@ def load(args) -> data.Dataset:
     dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
     dataset = data.hold_out(dataset) if args.validate else dataset
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
-    late = [args.late] if args.late in own else args.late.split(",") if args.late else []
+    late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
-        raise ValueError(f"--late: {', '.join(wrong)} must be new classes of the data")
+        raise ValueError(f"--late: {sorted(wrong)} must be new classes of the data")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
@@ -514,7 +514,7 @@ def setup(args, argv: list[str]) -> tuple:
         if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
-        earlier = model.load(f"{args.origin}/checkpoint.pt")
+        earlier = model.load(args.origin)
         args.taught = [*dict.fromkeys(filter(None, earlier.names))]
         args.model, args.image_size = earlier.spec, earlier.image_size
     device = use_device(args.device)
