@@ -2,7 +2,7 @@
 
     answers(network, images)  # {"unit", "answer", "confidence", "claim"}
 
-`python evaluate.py` compares runs, answers for images and names what was found.
+`python evaluate.py` compares runs, answers for images, names what was found.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def measured(function: Callable) -> Callable:
 def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -> Tensor:
     """What a network in eval mode makes of images uint8 or float [N,3,H,W]: float32, on their device.
 
-    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C]. Modules return to their modes.
+    part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C].
     ValueError for another part, dtype, shape or size.
     """
     size = getattr(network, "image_size", None)
@@ -192,7 +192,7 @@ def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
 
 
 def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float | None]:
-    """Columns accuracy_<name> of log.csv; None for a class without images."""
+    """Columns accuracy_<name> of log.csv; None without images."""
     return {f"accuracy_{name}": fraction(predicted == y, y == c) for c, name in enumerate(classes)}
 
 
@@ -374,7 +374,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
 # ---- lines for the screen ----
 
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
-BLOCKS = (  # figures of summary.json, as a comparison shows them
+BLOCKS = (  # of summary.json, as compared
     "accuracy old_accuracy new_accuracy first_sight probe probe_leaked knn forgetting".split(),
     "ari nmi silhouette novelty_auroc sparsity labels_used label_epochs images_per_second seconds".split(),
     "concepts concepts_true gcd_all gcd_old gcd_new".split()
@@ -400,7 +400,7 @@ def log_header() -> str:
 
 
 def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
-    """The last row of log.csv as a line, then events. open: with "unknown"; left: minutes."""
+    """The last row of log.csv as a line, and events. left: minutes."""
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
@@ -418,7 +418,7 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 
 
 def describe(summary: dict, images: int, known: int) -> str:
-    """The figures of one run as text."""
+    """A run's figures as text."""
     keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
     lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
@@ -450,7 +450,7 @@ def attempt(draw, *args):
 
 @functools.cache
 def say_once(text):
-    """Print a line to stderr, once; not if it is None."""
+    """Print a line, unless None, to stderr, once."""
     if text:
         print(text, file=sys.stderr)
 
@@ -491,7 +491,7 @@ def plot(ax, rows, key, label, **look):
 
 
 def draw_curves(rows, classes, path):
-    """The epochs: accuracy, losses, labels, what is unknown. rows: of log.csv."""
+    """Accuracy, losses, labels, what is unknown; rows: of log.csv."""
     known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
@@ -505,7 +505,7 @@ def draw_curves(rows, classes, path):
         for ax, columns in zip(axes, panels, strict=True):
             for i, (key, label) in enumerate(columns.items()):
                 there = [row for row in rows if columns is not each or i < row["classes"]]
-                plot(ax, there, key, label, markevery=(i % 4, 4), **style(i))
+                plot(ax, there, key, label, markevery=(i % 4, 4) if len(rows) > 9 else 1, **style(i))
             for n, (left, right) in enumerate(pairwise([*starts, len(rows)])):
                 ax.axvspan(left + 0.5, right + 0.5, color=SHADES[n % len(SHADES)], zorder=0, linewidth=0)
                 text = names[left] * (ax is axes[0])
@@ -770,7 +770,7 @@ def draw_comparison(result, path):
 
 
 def write_compact(source, path):
-    """Write a network without its dead filters; compare outputs on 512 images of noise."""
+    """Write a network without its dead filters; compare both on noise."""
     from train import data, model
 
     whole = model.load(source)
@@ -802,6 +802,8 @@ def predict(source, paths, table):
             values = dict(zip(keys, [None] * 4 if error else values, strict=True))
             rows.append({"file": str(file), **values, "error": error})
     data.write_csv(table, rows)
+    if all(row["error"] for row in rows):
+        raise ValueError(f"{table}: none could be read ({rows[0]['error']})")
     drawn = attempt(draw_predictions, sheet, files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
     lines = [*notes, *(f"{count:8,d}  {answer}" for answer, count in counts)]
