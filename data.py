@@ -260,7 +260,7 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
         if (test[0], name) not in there:
             raise wrong(f"{path}: class '{name}' must be in both train and test, but is not in {test[0]}")
     if len(classes) < least:
-        raise wrong(f"{path}/train: at least two classes with images are needed, not {classes}; {LAYOUT}")
+        raise wrong(f"{path}/train: {classes} is too few classes; {LAYOUT}")
     return files, classes, told
 
 
@@ -288,7 +288,7 @@ def walk(root: str, top: str, told: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files among `paths` and in folders there, sorted, but hidden ones."""
+    """Files among `paths` and in folders there, without hidden ones."""
     found = []
     for path in map(os.path.expanduser, paths):
         files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
@@ -464,9 +464,9 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     Images without a label are always there. classes: in all; known: at the start; replay: images that remain
     of a class when later ones come (None: all); taught: bool [C], the classes taught before.
     """
-    result, there, latest = [], 0, 0
-    nothing = y < -1
+    nothing, result, latest = y < -1, [], 0
     learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
+    there = int(learned.sum())
     now = Pool(nothing, nothing, learned, nothing, nothing, learned)
     for stage in stages:
         if stage.classes > there:
@@ -518,7 +518,8 @@ def fingerprint(dataset: Dataset) -> dict:
     """{"images": a digest of all pixels and labels, "classes": the names}."""
     digest = hashlib.sha256()
     for part in filter(torch.is_tensor, vars(dataset).values()):
-        digest.update(f"{part.shape}".encode() + part.cpu().numpy().tobytes())
+        digest.update(f"{part.shape}".encode())
+        digest.update(part.cpu().contiguous().numpy())
     return {"images": digest.hexdigest(), "classes": list(dataset.classes)}
 
 
@@ -577,7 +578,7 @@ def read_checkpoint(path, version: int) -> dict:
             if torn := file.testzip():  # torch.load ignores checksums
                 raise ValueError(f"the checksum of {torn} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = saved["version"]
+        found = saved.get("version")
     except Exception as error:
         state = "damaged" if os.path.exists(path) else "not there"
         raise wrong(f"{path} is {state} ({reason(error)})") from None

@@ -48,7 +48,7 @@ def measured(function: Callable) -> Callable:
                     wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
                     if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
                         raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
-                    if x.isnan().any() or name == "train_y" and x.min() < 0:
+                    if x.is_floating_point() and x.isnan().any() or name == "train_y" and x.min() < 0:
                         raise ValueError(f"{name} has NaN or images without a label; leave them out")
                     x = x.clone() if x.is_inference() else x
                     given[name] = x.float() if x.is_floating_point() else x
@@ -73,7 +73,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
     modes, out = [(module, module.training) for module in network.modules()], []
     try:
         network.eval()
-        for images in x.split(batch_size):
+        for images in x.split(max(1, min(batch_size, 2**24 // x[0].numel()))):
             images = images.float().div_(255) if images.dtype == torch.uint8 else images
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 output = network(images.contiguous(memory_format=torch.channels_last))
@@ -437,7 +437,7 @@ BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
 
 
 def attempt(draw, *args):
-    """Call a function that draws; False, after a warning, if it fails."""
+    """Draw; False, after a warning, if it fails."""
     try:
         draw(*args)
     except Exception as error:
@@ -457,7 +457,7 @@ def say_once(text):
 
 @contextmanager
 def figure(path, width, height, rows=1, columns=1, **options):
-    """A figure of so many inches and its axes, then written to path."""
+    """A figure of so many inches and its axes; written to path."""
     from matplotlib import figure, font_manager, rc_context
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
@@ -479,7 +479,7 @@ def shown(name, length=24):
 
 
 def style(i):
-    """Look of the i-th line."""
+    """Look of line i."""
     return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
 
 
@@ -752,7 +752,7 @@ def comparison_table(result):
 
 
 def draw_comparison(result, path):
-    """Test accuracies as bars, mean and std."""
+    """Test accuracies, mean and std."""
     with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
@@ -774,7 +774,7 @@ def write_compact(source, path):
     from train import data, model
 
     whole = model.load(source)
-    small, x = model.compact(whole), torch.rand(512, 3, whole.image_size, whole.image_size)
+    small, x = model.compact(whole), torch.rand(32, 3, whole.image_size, whole.image_size)
     data.write_atomically(path, functools.partial(torch.save, model.pack(small)))
     apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
@@ -849,7 +849,7 @@ def name_units(path, pairs):
 
 
 def act(args):
-    """Do what was asked; the text to print."""
+    """Do what was asked; text to print."""
     asked = [f"--{flag}" for flag in ("compact", "predict", "name") if getattr(args, flag)]
     if asked and len(asked) + len(args.runs) > 2:
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
@@ -881,8 +881,8 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser()
     parser.error, add = fail, parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="runs, folders of them, tables (FILE.csv)")
-    add("--predict", nargs="+", metavar="PATH", help="answer for images, folders of them")
+    add("runs", nargs="+", metavar="RUN", help="runs, folders, tables (FILE.csv)")
+    add("--predict", nargs="+", metavar="PATH", help="answer for images or folders")
     add("--name", action="append", metavar="UNIT=NAME", help="name a unit: 8=wolf")
     add("--compact", metavar="FILE", help="the network without dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")

@@ -368,7 +368,7 @@ class HeadManager:
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
         self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
         self.epoch, self.events, self.given = 0, [], self.units.given
-        self.final = y < 0  # bool [N], labelled at last
+        self.final = y < -1  # bool [N], labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
             raise ValueError("owner must have an entry for each unit")
 

@@ -210,7 +210,7 @@ def torchvision_encoder(name: str, size: int) -> tuple[nn.Module, int]:
     try:
         encoder = models.get_model(name, weights=None, **options)
         modules = encoder.named_modules()
-        # The classifier is the last layer with 1000 outputs; what pools around it stays.
+        # The classifier is the last with 1000 outputs; pools around it stay.
         layers = [(n, vars(m).get("out_features", vars(m).get("out_channels"))) for n, m in modules]
         encoder.set_submodule([n for n, outputs in layers if outputs == 1000][-1], nn.Identity())
         adapt_stem(encoder, size)
@@ -273,7 +273,7 @@ def recompute_batchnorm(network: nn.Module, x: Tensor, bf16: bool = False) -> No
         raise ValueError(f"x must be uint8, not {x.dtype}")
     if len(x) < 2:
         return
-    parts = x.chunk(-(-len(x) // 512))
+    parts = x.tensor_split(max(-(-len(x) // 512), x.numel() >> 22))
     batches = (part.float().div_(255).contiguous(memory_format=torch.channels_last) for part in parts)
     fresh = copy.deepcopy(network)  # a failure leaves it alone
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -317,8 +317,8 @@ class CUDAGraphStep:
 
 
 def capture(functions: Sequence[Callable], optimizer: Optimizer, generator: Generator) -> list:
-    """Each training step as a `CUDAGraphStep`; they share memory, as only one runs at a time."""
-    for p in (p for group in optimizer.param_groups for p in group["params"]):  # fused SGD needs all or none
+    """Each training step as a `CUDAGraphStep`; they share memory: one runs at a time."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):  # as fused SGD needs
         optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
     pool = torch.cuda.graph_pool_handle()
     return [CUDAGraphStep(function, generator, pool) for function in functions]

@@ -315,7 +315,7 @@ def test_bank_moves_by_its_momentum():
     bank.update(arange(5), 7 * before)
     assert_close(bank.rows, before)
     bank.update(tensor([1, 4, 1]), z)
-    for i, mean in ((4, z[1]), (1, (z[0] + z[2]) / 2)):  # an image that occurs twice
+    for i, mean in ((4, z[1]), (1, (z[0] + z[2]) / 2)):
         before[i] = F.normalize(0.75 * before[i] + 0.25 * mean, dim=0)
     assert_close(bank.rows, before)
 
@@ -554,7 +554,10 @@ def test_batches_cover_pool_and_labels():
 def test_unlabelled_and_taught_stay():
     y = arange(-1, 4).repeat_interleave(20)
     stages = [curriculum.Stage("", n, 2, 0.5, {}, 0.5, 0.0) for n in (2, 3, 4)]
-    for pool in data.pools(stages, y, data.leak_order(y, 0), 4, 2, replay=3, taught=arange(4) == 3):
+    order = data.leak_order(y, 0)
+    [now] = data.pools(stages[2:], y, order, 4, 3, replay=3, taught=arange(4) < 3)
+    assert (y[now.active] + 1).bincount().tolist() == [20, 3, 3, 3, 20]
+    for pool in data.pools(stages, y, order, 4, 2, replay=3, taught=arange(4) == 3):
         assert pool.active[y < 0].all() and not pool.labelled[y < 0].any()
         assert pool.taught.tolist() == [True, True, False, True] and pool.taught_before[3]
 
@@ -584,7 +587,7 @@ def test_digits_held_out_and_reordered():
 
 def test_a_folder_and_its_cache(tmp_path, monkeypatch):
     root, read = make_folder(tmp_path / "set", per_class=4), data.read_image
-    with monkeypatch.context() as patch:  # a failure is no fact
+    with monkeypatch.context() as patch:
         patch.setattr(data, "read_image", lambda name: os.stat("") if name[-5] == "3" else read(name))
         assert len(load(root).train_x) == 6
     d = load(root)
@@ -664,7 +667,7 @@ rm train;rm test
 !/train is not there; a folder
 
 rm train/bee;rm test/bee
-!/train: at least two classes with images are needed, not ['ant']
+!/train: ['ant'] is too few classes
 
 rm test/ant;touch test/ant/.x
 !: class 'ant' must be in both train and test, but is not in test
@@ -948,7 +951,7 @@ def test_the_discriminant_is_fishers():
     spread = 0.2 * around.T @ around / 90 + 0.8 * around.square().mean() * torch.eye(12)
     expected = torch.linalg.solve(spread, own - x.mean(0)).float()
     assert_close(gp.discriminant(own, others, kind), expected, rtol=1e-4, atol=1e-5)
-    assert gp.discriminant(own, others[:1], kind[:1]).isfinite().all()  # one image has no covariance
+    assert gp.discriminant(own, others[:1], kind[:1]).isfinite().all()
 
 
 def test_named_units_are_not_recycled():
@@ -959,7 +962,7 @@ def test_named_units_are_not_recycled():
     for _ in range(600):
         units.observe(p[None])
     assert_close(units.utility, p, atol=0.01, rtol=0)
-    assert units.redundant() is None  # too young
+    assert units.redundant() is None
     units.age, units.given[2] = [9] * 3, "wolf"
     assert units.redundant() is None
     units.given.clear()
@@ -1015,7 +1018,7 @@ def test_weights_and_filters_go():
     gp.prune(net, 0.1, 0.0, first | {"5.weight": first["4.weight"]})
     assert equal(net[0].weight != 0, first["0.weight"])
     nn.init.ones_(net[1].bias)
-    kept = gp.prune_filters(net, 1.0)["1.bias"]  # a layer's largest
+    kept = gp.prune_filters(net, 1.0)["1.bias"]
     assert kept.sum() == 1 and not net[1](net[0](rand(2, 3, 8, 8)))[:, ~kept].any()
     assert gp.prune_smallest(net[1], 0.5) == {} and gp.sparsity_of(nn.ReLU()) == 0
 
@@ -1127,7 +1130,7 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
     assert (votes[pool.labelled] == -1).all() and (best == y)[y < 4].float().mean() > 0.9
     told = {(event["class"], event["purity"]) for event in manager.events}
     assert told == ({("e", 1.0), ("f", 1.0)} if truth else {(None, None)})
-    manager.units.age = [3] * 6  # nothing found for long
+    manager.units.age = [3] * 6
     assert (votes == UNKNOWN).any() and not (manager.discover(pool, h) == UNKNOWN).any()
 
 
@@ -1158,7 +1161,7 @@ def test_units_merge_and_split():
         ({4: "dog", 5: "wolf"}, [[4, 5], [6], [7]], "split"),
         (None, [[4, 5], [6], [7]], "split"),  # too young
         ({}, [[5], [6], [4]], "merged split"),
-        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),  # into the named
+        ({4: "wolf", 6: "pack"}, [[4], [6], [6]], "merged"),
     ):
         manager, pool, h, y = nameless(7)
         part = pool.place % 5 == 0
@@ -1677,7 +1680,7 @@ def test_signals_end_as_ctrl_c(tmp_path):
     pipes, runs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), {}
     for number in (signal.SIGTERM, signal.SIGHUP):
         command = [*SCRIPT, *TINY.split(), "--epochs=999", f"--out={tmp_path / str(number)}"]
-        heed = partial(signal.signal, number, signal.SIG_DFL)  # if run under nohup
+        heed = partial(signal.signal, number, signal.SIG_DFL)
         runs[number] = subprocess.Popen(command, preexec_fn=heed, **pipes)
     for number, run in runs.items():
         next(line for line in run.stdout if line.startswith("   1/999"))
@@ -1765,7 +1768,8 @@ def test_several_runs_go_on(capsys, tmp_path):
     before, second = contents(tmp_path), tmp_path / "labels-only-s4"
     assert json_of(second, "args")["class_order"] == 1
     shutil.rmtree(second)
-    assert start(tmp_path, flags) == 2 and "for the rest: the same command with" in capsys.readouterr().err
+    for more, words in ("", "for the rest"), (" --resume --lr 1", "takes --lr from"):
+        assert start(tmp_path, flags + more) == 2 and words in capsys.readouterr().err
     assert start(tmp_path, f"{flags} --resume") == 0 and contents(tmp_path).keys() == before.keys()
 
 
@@ -1892,7 +1896,7 @@ def test_a_step_never_waits_for_the_device(device, monkeypatch):
         state.head = Namespace(units=gp.Units(range(10), device=device))
         terms = train.train_step(state, dataset, targets, 0.9, None, 0, arange(32))
         assert terms.shape == (len(train.TERMS),)
-        with pytest.raises(DataDependentOutputException):  # what a step may not do
+        with pytest.raises(DataDependentOutputException):
             terms[0].item()
 
 

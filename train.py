@@ -59,7 +59,7 @@ class State:
             pruned = min(args.prune, grow_prune.sparsity_of(encoder))
             self.masks = grow_prune.prune_smallest(encoder, pruned)
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
-        self.ema = copy.deepcopy(self.network)  # answers
+        self.ema = copy.deepcopy(self.network)
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of late classes
@@ -94,7 +94,7 @@ class State:
 
 @dataclass
 class Targets:
-    """What the N images teach in one epoch; the head has U units."""
+    """What N images teach in one epoch, with U units."""
 
     mix: dict[str, float]  # weights of TERMS
     active: Tensor  # bool [N], in the pool
@@ -106,7 +106,7 @@ class Targets:
 
 
 def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
-    """Cluster the memory bank, and let the images that vote for a unit decide about all others.
+    """Cluster the memory bank; images that vote for a unit decide about the others.
 
     votes: int64 [N], a unit, UNKNOWN or -1; h: the EMA's embeddings [N,D] of length 1, or None; align:
     scale the votes to the classes' shares of the labels.
@@ -213,6 +213,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         + ", all there are" * (args.batch_size >= len(y)),
     ]
     notes += ["one epoch is too few for labels"] * (stages[-1].name == "infancy")
+    notes += ["a class lacks labels: nothing is propagated or unknown"] * head.lacks_labels(pool)
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
@@ -407,7 +408,7 @@ FLAGS = """
 --device text=auto: cpu, cuda, cuda:1
 --embedding text=tsne: of embedding.png
 --out path: run folder; one in runs/
---resume path: run to go on with, or that in --out
+--resume path: run to go on with, or --out's
 """  # name, range or type = default, help; 0..=0: from 0 on, 0
 
 
@@ -448,12 +449,13 @@ def use_device(name: str) -> torch.device:
     """The device `name`, if it works; TF32, no denormals, freed pages kept."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, dtype=torch.float64, device=name).item()
     except Exception as error:
         raise ValueError(f"--device '{name}' cannot be used ({data.reason(error)})") from None
+    torch.cuda.empty_cache()
     torch.set_float32_matmul_precision("high")
     torch.set_flush_denormal(True)
-    with suppress(OSError, AttributeError):  # glibc: M_MMAP_, M_TRIM_THRESHOLD
+    with suppress(OSError, AttributeError):  # M_MMAP_, M_TRIM_THRESHOLD
         for option in (-3, -1):
             ctypes.CDLL("libc.so.6").mallopt(option, 1 << 30)
     return torch.device(name)
@@ -469,7 +471,7 @@ def load(args) -> data.Dataset:
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
     late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
-        raise ValueError(f"--late: {sorted(wrong)} must be new classes of the data")
+        raise ValueError(f"--late: {sorted(wrong)} must be new classes")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
@@ -501,16 +503,18 @@ def setup(args, argv: list[str]) -> tuple:
         if args.late and args.known_classes or args.origin and given:
             raise ValueError("--late decides --known-classes; --from decides --model, --image-size and that")
     else:
-        given = {flag.partition("=")[0] for flag in argv if flag[:2] == "--"}
+        given = {flag.partition("=")[0] for flag in argv} - {"--resume"}
         moved = given & {"--device", "--data-dir", "--dataset"}
-        if other := given - moved - {"--resume", "--resume" if args.resume else "--out"}:
-            raise ValueError(f"--resume takes {', '.join(sorted(other))} from the run; drop the flag")
         try:
             made = json.loads(Path(out, "args.json").read_text("utf-8"))
             made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--resume: {out} holds no run of this version") from None
-        vars(args).update({k: v for k, v in made.items() if f"--{k.replace('_', '-')}" not in moved})
+        flags = {k: f"--{k.replace('_', '-')}".replace("origin", "from") for k in made}
+        asked = [k for k in made if flags[k] in given - moved]
+        if other := [flags[k] for k in asked if made[k] != getattr(args, k)]:
+            raise ValueError(f"--resume takes {', '.join(other)} from the run; drop the flag")
+        vars(args).update({k: v for k, v in made.items() if flags[k] not in moved})
         if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
@@ -529,8 +533,7 @@ def setup(args, argv: list[str]) -> tuple:
     data.check_room(len(dataset.train_x) + len(dataset.test_x), args.image_size, room)
     dataset = dataset.to(device)
     if saved and (before := saved["fingerprint"]) != (now := data.fingerprint(dataset)):
-        names = sorted({*before["classes"]} ^ {*now["classes"]})
-        other = f"classes ({data.some(names, 4)})" if names else "images or labels"
+        other = "images or labels" if before["classes"] == now["classes"] else "classes"
         raise data.wrong(f"--resume: {args.dataset} has other {other} than the run")
     if args.resume is None:
         about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
@@ -565,14 +568,13 @@ def several(args, argv: list[str]) -> int:
     """All curricula or seeds, compared: exit status."""
     names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
+    if os.path.exists(f"{out}/args.json"):
+        raise ValueError(f"{out} is one run; choose another")
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        own = dict(seed=args.seed + i, curriculum=name, out=folder, seeds=1, resume=None)
-        own["class_order"], command = args.class_order + i, argv
-        if args.resume is not None and Path(folder, "args.json").exists():
-            command, own = ["--resume", folder, "--device", args.device, "--data-dir", args.data_dir], {}
-            command += ["--dataset", args.dataset] * (args.dataset != "auto")
-        if status := main(command, **own):
+        begun = args.resume is not None and os.path.exists(f"{folder}/args.json")
+        own = dict(seed=args.seed + i, class_order=args.class_order + i, curriculum=name, out=folder)
+        if status := main(argv, **own, seeds=1, resume=folder if begun else None):
             print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
             return status
     return evaluate.main([*folders, "--out", f"{out}/comparison.png"])
@@ -601,7 +603,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
 
 
 if __name__ == "__main__":
-    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # as Ctrl-C, but not under nohup
+    for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:  # as Ctrl-C, not under nohup
         if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     sys.exit(main())
