@@ -468,7 +468,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
         yield fig, fig.subplots(rows, columns, **options)
         fig.savefig(path, dpi=150, bbox_inches="tight")
     if caught:
-        say_once("note: no installed font has all characters of the names; try Noto Sans CJK")
+        say_once("note: no installed font has all characters of names; try Noto Sans CJK")
 
 
 def shown(name, length=24):
@@ -670,7 +670,7 @@ APART = "seed class_order out resume data_dir device embedding torch commit mach
 
 
 def read_runs(path):
-    """Settings and summary of a run folder, or of each in a table; else ValueError."""
+    """Settings, summary of a run folder or each in a table; else ValueError."""
 
     def value(cell):
         try:
@@ -709,7 +709,7 @@ def runs_among(paths):
 def compare(paths):
     """Group runs (folders, tables) by settings, seeds apart: {name: {"runs": n, figure: values [n], ...}}.
 
-    The name is the curriculum and what differs; rate and label budget only within a curriculum.
+    The name is the curriculum and what differs; rate and budget only within one.
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
@@ -719,20 +719,21 @@ def compare(paths):
     for setting, runs in zip(settings, groups.values(), strict=True):
         name = curriculum = str(setting["curriculum"])
         for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
-            alike = [s for s in settings if s["curriculum"] == curriculum or k not in ("lr", "label_budget")]
-            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike if k in s}
+            alike = [s for s in settings if s["curriculum"] == curriculum and k in s]
+            alike += [s for s in settings if s.get(k) is not None and k not in ("lr", "label_budget")]
+            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike}
             if len(values) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
         name += f" ({len(result) + 1})" if name in result else ""
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
-            say_once(f"{name}: some of {len(runs)} runs repeat a seed: of other code?")
+            say_once(f"{name}: {len(runs)} runs repeat a seed: of other code?")
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
         result[name] = {"runs": len(runs)} | figures
     return result
 
 
 def spread(values):
-    """Mean and sample standard deviation, or NaN."""
+    """Mean and sample deviation, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
@@ -820,11 +821,11 @@ def draw_predictions(path, files, rows, size):
     for name, chosen in (("surest", told[:24]), ("least\nsure", told[24:][:-25:-1]), ("unknown", odd[:24])):
         captions = [f"{shown(rows[i]['answer'], 14)}\n{100 * rows[i]['confidence']:.0f} %" for i in chosen]
         sheet += in_lines(name, data.read_images([files[i] for i in chosen], size)[0], captions)
-    contact_sheet(path, sheet, f"{len(rows):,} images, {len(odd):,} of them unknown")
+    contact_sheet(path, sheet, f"{len(rows):,} images, {len(odd):,} unknown")
 
 
 def name_units(path, pairs):
-    """Name units found without labels by UNIT=NAME; a class's name joins the unit to it."""
+    """Name units found without labels; a class's name joins the unit to it."""
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
@@ -833,7 +834,7 @@ def name_units(path, pairs):
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*([^\s=].*?)\s*", pair)
         if not parts or not parts[2].isprintable() or re.fullmatch(r"unknown|unit +\d+", parts[2]):
-            raise ValueError(f"--name {pair}: write UNIT=NAME (but 'unknown', 'unit N'), such as 8=wolf")
+            raise ValueError(f"--name {pair}: write UNIT=NAME (not 'unknown', 'unit N'), as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
             state = {-2: "free", None: "not there"}.get(dict(enumerate(owners)).get(unit), "a class's")
