@@ -62,7 +62,7 @@ class State:
         self.ema = copy.deepcopy(self.network)
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        self.rows, self.first_sight = [], {}  # of log.csv; of late classes
+        self.rows, self.first_sight = [], {}  # of log.csv; of classes
         self.answering = None  # of `evaluate.answers`
         self.before = None
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
@@ -219,7 +219,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
         off = ["propagation"] * head.lacks_labels(pool) if pool.taught.any() else TERMS[2:]
         mix = stage.mix | dict.fromkeys(off, 0.0)
-        seed = (args.seed << 20) + epoch  # alike if resumed
+        seed = (args.seed << 20) + epoch
         torch.manual_seed(seed)
         cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
@@ -266,7 +266,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             state.masks = grow_prune.prune(state.network.encoder, stage.sparsity, share, state.masks)
         grow_prune.apply_masks(state.ema.encoder, state.masks)
         model.recompute_batchnorm(state.ema, x[data.sample(pool.active, 2048, seed)], state.bf16)
-        h = F.normalize(state.embed(x), dim=1) if mix["propagation"] else None  # the next epoch's, too
+        h = F.normalize(state.embed(x), dim=1) if mix["propagation"] else None
         speed = steps * args.batch_size / (time.perf_counter() - start)
 
         row = evaluate_epoch(args, state, dataset, stage, pool, targets, h)
@@ -533,7 +533,8 @@ def setup(args, argv: list[str]) -> tuple:
     data.check_room(len(dataset.train_x) + len(dataset.test_x), args.image_size, room)
     dataset = dataset.to(device)
     if saved and (before := saved["fingerprint"]) != (now := data.fingerprint(dataset)):
-        other = "images or labels" if before["classes"] == now["classes"] else "classes"
+        names = sorted({*before["classes"]} ^ {*now["classes"]})
+        other = f"classes ({data.some(names, 4)})" if names else "images or labels"
         raise data.wrong(f"--resume: {args.dataset} has other {other} than the run")
     if args.resume is None:
         about = {"machine": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
@@ -565,7 +566,7 @@ def claim_folder(args, about: dict) -> str:
 
 
 def several(args, argv: list[str]) -> int:
-    """All curricula or seeds, compared: exit status."""
+    """All curricula or seeds: exit status."""
     names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     if os.path.exists(f"{out}/args.json"):
