@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join: of the first and of the last one
 NAMING = 0.10  # the first labels of a late class come so much later, so that it can be discovered
-LABELLED_SHARE = (0.5, 0.2)  # share of each batch drawn from the labelled images, at first and in the end
-RARER = (0.40, 0.60)  # the share falls in this interval; by then the labels have spread to other images
+LABELLED_SHARE = (0.5, 0.2)  # share of each batch drawn from labelled images, at first and last
+CROP = (0.2, 0.5)  # smallest part of an image in a view, at first and last
+SETTLING = (0.40, 0.60)  # both change in it; by then the labels have spread
 PRUNE = (0.30, 0.85)  # weights are pruned in this interval, along a cubic
 
 CIFAR = dict(model="vgg16", epochs=100, batch_size=128, lr=0.06, min_steps=1, image_size=32)
@@ -49,8 +50,9 @@ class Stage:
     named: int  # the first `named` of them may have labels
     label_fraction: float  # share of each named class's images that is labelled, 0..1
     mix: dict[str, float]  # weight of each loss: ntxent, aggregation, propagation, supervised
-    labelled_share: float  # share of each batch that is drawn from the labelled images, 0..1
-    sparsity: float  # fraction of the prunable weights that is zero at the end of the epoch, 0..1
+    labelled_share: float  # share of each batch drawn from labelled images, 0..1
+    sparsity: float  # share of the prunable weights that is zero after the epoch, 0..1
+    crop: float = CROP[0]  # smallest part of an image in a view, 0..1
     discovery: bool = False  # whether images of unknown classes may open units without a name
 
 
@@ -69,9 +71,11 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.05, 0.5 * (1 + math.cos(math.pi * ramp(progress, 0.6, 1.0))))
 
 
-def labelled_share(progress: float) -> float:
-    """The share of a batch drawn from the labelled images, 0..1, beside all others."""
-    return LABELLED_SHARE[0] + (LABELLED_SHARE[1] - LABELLED_SHARE[0]) * ramp(progress, *RARER)
+def settling(progress: float, sparsity: float) -> tuple[float, float, float]:
+    """labelled_share, sparsity, crop of a Stage."""
+    t = ramp(progress, *SETTLING)
+    share, crop = (first + (last - first) * t for first, last in (LABELLED_SHARE, CROP))
+    return share, cubic_sparsity(progress, sparsity), crop
 
 
 def arrivals(num_classes: int, known: int) -> list[float]:
@@ -99,9 +103,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         "propagation": leak,
         "supervised": float(leak > 0),
     }
-    discovery = leak > 0
-    share, pruned = labelled_share(progress), cubic_sparsity(progress, sparsity)
-    return Stage(name, classes, named, budget * leak, mix, share, pruned, discovery)
+    return Stage(name, classes, named, budget * leak, mix, *settling(progress, sparsity), leak > 0)
 
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
@@ -116,21 +118,21 @@ def self_supervised(progress: float, num_classes: int, known: int, budget: float
 
 
 def self_known(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
-    """The same on the known classes alone: the value of an encoder that never saw the others."""
+    """The same on the known classes alone: an encoder that never saw the others."""
     return self_supervised(progress, known, known, budget, sparsity)
 
 
 def semi(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """All classes and the whole budget from the first epoch, with a constant mix of the losses."""
     mix = {"ntxent": 0.5, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
-    share, pruned = labelled_share(progress), cubic_sparsity(progress, sparsity)
-    return Stage("semi", num_classes, num_classes, budget, mix, share, pruned)
+    return Stage("semi", num_classes, num_classes, budget, mix, *settling(progress, sparsity))
 
 
 def fully_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """The ceiling: cross-entropy with every label."""
     mix = {"ntxent": 0.0, "aggregation": 0.0, "propagation": 0.0, "supervised": 1.0}
-    return Stage("supervised", num_classes, num_classes, 1.0, mix, 1.0, cubic_sparsity(progress, sparsity))
+    pruned = cubic_sparsity(progress, sparsity)
+    return Stage("supervised", num_classes, num_classes, 1.0, mix, 1.0, pruned, CROP[1])
 
 
 def labels_only(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
@@ -191,11 +193,11 @@ def default_known(num_classes: int) -> int:
 def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 0.0) -> str:
     """The schedule as text: a line for each epoch that begins a stage or brings a class, and the last.
 
-    labels: share of the images that have one; in a batch: share drawn from the labelled images.
+    in a batch: share drawn from the labelled images; crop: smallest part of an image in a view.
     """
     lines = [
         f"{name}: {CURRICULA[name].__doc__}",
-        "epoch  stage        classes  named  labels  in a batch  sparsity"
+        "epoch  stage        classes  named  labels  in a batch  crop  sparsity"
         "  ntxent  aggregation  propagation  supervised",
     ]
     before = None
@@ -204,9 +206,9 @@ def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 
         key = (s.name, s.classes, s.named)
         if key != before or epoch == epochs - 1:
             drawn = s.labelled_share if s.label_fraction else 0.0
-            shares = f"{100 * s.label_fraction:5.1f}%  {100 * drawn:9.1f}%  {100 * s.sparsity:7.1f}%"
-            mix = "  ".join(f"{s.mix[term]:{max(len(term), 6)}.2f}" for term in s.mix)
-            lines.append(f"{epoch + 1:5d}  {s.name:11s}  {s.classes:7d}  {s.named:5d}  {shares}  {mix}")
+            line = f"{epoch + 1:5d}  {s.name:11s}  {s.classes:7d}  {s.named:5d}  {s.label_fraction:6.1%}"
+            line += f"  {drawn:10.1%}  {s.crop:4.2f}  {s.sparsity:8.1%}  "
+            lines.append(line + "  ".join(f"{s.mix[term]:{max(len(term), 6)}.2f}" for term in s.mix))
         before = key
     return "\n".join(lines)
 

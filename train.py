@@ -63,11 +63,9 @@ class State:
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}  # of log.csv; of classes
-        self.answering = None  # of `evaluate.answers`
-        self.before = None
+        self.before = self.answering = None
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
-        watched = data.sample(y >= -1, count, args.seed)
-        parts = y, watched, classes, owner, args.seed
+        parts = y, data.sample(y >= -1, count, args.seed), classes, owner, args.seed
         embed = partial(evaluate.embed, bf16=self.bf16)
         self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
 
@@ -122,8 +120,8 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         balance = count + (count > 0).float() if align else True  # few tell no share
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
-        options = dict(k=50, temperature=0.1, balance=balance)
-        unit, sure = losses.propagate_labels(features, voted, voted >= 0, **options)
+        about = features, voted, voted >= 0
+        unit, sure = losses.propagate_labels(*about, k=50, temperature=0.1, balance=balance)
         pseudo[members] = unit.masked_fill(unit == unknown, -1)
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
     label = torch.where(pool.labelled, votes, -1)
@@ -249,7 +247,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         record = torch.zeros(steps, len(TERMS), device=device)
         drawn = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
         batches = tqdm(data.batches(*drawn), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
-        one = partial(train_step, state, dataset, targets, 1 - 1 / steps, generator)
+        seen = replace(dataset, scale=max(dataset.scale, (stage.crop, 1.0)))
+        one = partial(train_step, state, seen, targets, 1 - 1 / steps, generator)
         functions = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
         if device.type == "cuda":
             functions = model.capture(functions, state.optimizer, generator)
