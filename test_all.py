@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from pytest import approx
 from torch import arange, equal, nn, rand, randint, randn, tensor, zeros
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.utils import parametrizations  # noqa: F401, used in tables
+from torch.nn.utils import parametrizations  # noqa: F401
 from torch.nn.utils import prune as torch_prune  # noqa: F401
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
@@ -442,7 +442,7 @@ def test_autocast_dtype_and_chunks(monkeypatch):
 def test_schedules_are_bounded(name, epochs, count, share, budget, sparsity):
     known = 1 + round(share * (count - 1))
     stages = [curriculum.stage(name, e, epochs, count, known, budget, sparsity) for e in range(epochs)]
-    for field in ("classes", "named", "label_fraction", "sparsity"):
+    for field in ("classes", "named", "label_fraction", "sparsity", "crop"):
         values = [getattr(s, field) for s in stages]
         assert values == sorted(values)
     first, last, most = stages[0], stages[-1], known if name == "self-known" else count
@@ -1033,7 +1033,7 @@ def test_claims_and_resemblance_by_definition():
 
     found = gp.claim(h, pool_h, named)[::214]
     assert_close(found, torch.stack([claimed(x) for x in h[::214]]), rtol=1e-4, atol=1e-5)
-    left = torch.stack([claimed(pool_h[j], j) for j in place[named]])  # its own label does not count
+    left = torch.stack([claimed(pool_h[j], j) for j in place[named]])
     assert math.isclose(gp.threshold(pool_h, named, 0.3), left.quantile(0.3), rel_tol=1e-3, abs_tol=1e-4)
     assert gp.threshold(TWO, SOME) == -math.inf
     y = (place % 4).where(place < 39, 4)
@@ -1075,7 +1075,7 @@ def test_a_kind_is_found_beside_a_class():
     index = ((y < 4) & ~labelled | (y == 4) & (arange(750) % 2 == 0)).nonzero()[:, 0]
     monitor, groups = gp.ConfusionMonitor(750, patience=1, cooldown=-1), []
     claims = (y[index] % 4).float()  # none of class 0
-    for x in (h, 0 * h, 0 * h + 1, h * math.nan):  # a collapsed network: the search ends
+    for x in (h, 0 * h, 0 * h + 1, h * math.nan):  # a collapsed network
         groups.append(monitor.find_concept(index, claims, 0.5, x[index], x[labelled], y[labelled]))
     assert len(groups[0]) > 40 and (y[index[groups[0]]] == 4).all() and groups[1:] == [None] * 3
 
@@ -1294,7 +1294,6 @@ def test_semi_kmeans_holds_the_labelled():
 
 def test_concepts_are_the_best_units():
     unit, y = tensor([[7, 7, 7, 8, 8, 9, 3, -1, 7], [5, 5, 4, 6, 6, 5, 4, 6, -1]])
-    # Class 4 is nobody's largest part, unit 9 not the best of class 5.
     purity = {7: approx(2 / 3), 8: 1.0, 9: 1.0, 12: None}
     found = ev.concept_scores(unit, y, [7, 8, 9, 12], [4, 5, 6])
     assert found == {"concepts": 4, "concepts_true": 2, "purity": purity}
@@ -1591,7 +1590,7 @@ def table(run):
 
 
 def end_of(run):
-    """All that a run has left but times and flags."""
+    """What a run has left but times and flags."""
     apart = dict.fromkeys(("seconds", "images_per_second", "args", "rows"))
     ends = saved_in(run) | apart, json_of(run) | apart, table(run), (run / "events.csv").read_text()
     return [t.numpy().tobytes() if torch.is_tensor(t) else t for t in tree_leaves(ends)]
@@ -1701,10 +1700,9 @@ BAD_VALUES = f"""
 --curriculum gradul | error: --curriculum: invalid choice: 'gradul'
 --dataset folder:nowhere | nowhere/train is not there
 --model vgg-smal | did you mean 'vgg-small'
---label-budget 1.5 | --label-budget: must be float in 0.0..1.0, not '1.5'
 --per-class 4 | no label of 4
 --prune-units 0.5 --model resnet18 | whole filters can be pruned in a plain chain
---lr 0 | --lr: must be float in 1e-6..1e3
+--lr 0 | --lr: must be float in 1e-6..1e3, not '0'
 --epochs 2.5 | --epochs: must be int in 1.., not '2.5'
 --image-size 20 | multiple of 8
 --never-named 10 | must fit the 10 classes
@@ -1791,13 +1789,16 @@ SMALL = f"{OWN} --model cnn --image-size 16"
 
 
 @cases("name", curriculum.CURRICULA)
-def test_curricula_use_unlabelled_images(tmp_path, name, capsys):
+def test_curricula_use_unlabelled_images(tmp_path, name, capsys, monkeypatch):
+    views, seen = augment.two_views, []
+    monkeypatch.setattr(augment, "two_views", lambda *a: seen.append(a[1][0]) or views(*a))
     folder, out = bars(tmp_path, "ant bee cat", unlabelled=20), tmp_path / "run"
     assert start(out, f"{folder} {SMALL} --curriculum {name}") == 0
     told, labels = capsys.readouterr().out, json_of(out)["labels_used"]
     assert "3 epochs of 2 steps, 6 in all, of 44 images, all there are" in told
-    assert "unlabelled: 20 images" in told
-    assert labels == (0 if "self" in name else 24)
+    assert "unlabelled: 20 images" in told and labels == (0 if "self" in name else 24)
+    assert seen[0] == (0.5 if name in ("supervised", "labels-only") else 0.2)
+    assert seen[-1] == (0.2 if "self" in name else 0.5)
 
 
 def test_class_flags_and_moved_data(tmp_path, capsys, monkeypatch):
@@ -1883,7 +1884,7 @@ def taught_by(x):
 
 @cases("device", ["cpu", "cuda"])
 def test_a_step_never_waits_for_the_device(device, monkeypatch):
-    """Fake tensors have a device and no values: a step that asks for a value, or leaves it, fails."""
+    """A step that asks a fake tensor for its value, or leaves its device, fails."""
     if device == "cuda":  # backward needs a real stream
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     with FakeTensorMode(), torch.device(device):
@@ -1920,7 +1921,7 @@ def test_a_run_changes_the_device(tmp_path, monkeypatch):
 
 @needs_a_gpu
 def test_a_captured_step_is_the_step():
-    n, device, ends = 12_100, torch.device("cuda"), []  # each step searches one half
+    n, device, ends = 12_100, torch.device("cuda"), []
     x = randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=seeded())
     dataset, targets = taught_by(x.to(device))
     for captured in (False, True):
@@ -1937,7 +1938,7 @@ def test_a_captured_step_is_the_step():
             heard.append(functions[step % 2](index).clone())
             if step == 9:
                 held = state.network.encoder[0].weight.detach().clone()
-        assert equal(held, state.network.encoder[0].weight)  # the rate is 0
+        assert equal(held, state.network.encoder[0].weight)
         utility = state.head.units.utility
         ends.append((torch.stack(heard), held, state.bank.rows, state.ema.head.weight.detach(), utility))
     for plain, other in zip(*ends, strict=True):
