@@ -120,7 +120,7 @@ def check_room(count: int, size: int, room: float = math.inf) -> None:
 
 
 def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
-    """Exact mean and standard deviation per channel of uint8 images, in 0..1."""
+    """Mean and standard deviation per channel of uint8 images, in 0..1."""
     value = torch.arange(256, dtype=torch.float64) / 255
     count = torch.stack([x[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
     share = count / count.sum(1, keepdim=True)
@@ -130,7 +130,7 @@ def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
 
 
 def read_digits(size: int) -> tuple[tuple, list[str]]:
-    """scikit-learn's 1,797 digits; a fixed, stratified quarter is the test set."""
+    """scikit-learn's 1,797 digits; a stratified quarter is the test set."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -299,8 +299,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 def read_images(files: Sequence, size: int, progress: str | None = None) -> tuple[Tensor, list, list[str]]:
     """Read files in parallel: uint8 [M,3,size,size], the square in the middle of each image.
 
-    Also returns, for each file, None or why it could not be read (its pixels are 0 then), and notes on what
-    was cut and scaled. progress: the label of a progress bar.
+    Also returns, for each file, None or why it could not be read (then 0), and notes on what was cut and
+    scaled. progress: label of a progress bar.
     """
     from tqdm import tqdm
 
@@ -354,7 +354,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: transparency on white, more than 8 bits scaled by their range.
 
     The range is the smallest of 8, 12 and 16 bits that holds all pixels, of floats 0..1 or, above 32, 0..255,
-    else from the darkest to the brightest pixel.
+    else from darkest to brightest pixel.
     """
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
@@ -364,7 +364,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         low, high = finite.min().item(), finite.max().item()
         ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)[: 1 + (high > 32)]
         low, high = next(((0, end) for end in ends if 0 <= low and high <= end), (low, high))
-        values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+        values = np.where(values == image.info.get("transparency"), high, values.astype(np.float64))
+        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
         image = Image.fromarray(((values - low) * (255.999 / ((high - low) or 1))).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -448,7 +449,7 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
 
 @dataclass
 class Pool:
-    """What an epoch learns from: bool masks over images [N] and classes [C]."""
+    """What an epoch learns from: bool masks of images [N], classes [C]."""
 
     active: Tensor
     labelled: Tensor
@@ -461,7 +462,7 @@ class Pool:
 def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=None, taught=None) -> list[Pool]:
     """The Pool of each epoch, by its Stage (of curriculum.py); the labels y int64 [N] leak in `order`.
 
-    Images without a label are always there. classes: in all; known: at the start; replay: images that remain
+    Images without a label are always there. classes: in all; known: at the start; replay: images kept
     of a class when later ones come (None: all); taught: bool [C], the classes taught before.
     """
     nothing, result, latest = y < -1, [], 0
@@ -482,7 +483,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
 
 
 def sample(mask: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` random places where mask (bool [N]) is True, the same for a seed: int64."""
+    """At most `count` random places where mask (bool [N]) is True, by a seed: int64."""
     index = mask.nonzero()[:, 0]
     chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count]
     return index[chosen.to(mask.device)]
@@ -497,7 +498,7 @@ def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_share: float, generator):
     """The batches of one epoch: `steps` tensors of indices, int64 [size], where `active` (bool [N]) is.
 
-    `labelled_share` of each batch is drawn from the `labelled` images, if any, the rest from all active ones.
+    `labelled_share` of each batch is drawn from the `labelled` images, if any, the rest from active ones.
     generator: on the CPU.
     """
     known, pool = ((active & mask).nonzero()[:, 0].cpu() for mask in (labelled, active))
@@ -563,7 +564,7 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
 
 
 def write_table(path, rows: list[dict], columns=None) -> str | None:
-    """`write_csv`; None, or a warning in one line if the file may not be replaced."""
+    """`write_csv`; None, or a warning if the file may not be replaced."""
     try:
         write_csv(path, rows, columns)
     except PermissionError as error:
@@ -572,7 +573,7 @@ def write_table(path, rows: list[dict], columns=None) -> str | None:
 
 
 def read_checkpoint(path, version: int) -> dict:
-    """A checkpoint, on the CPU; ValueError if it is missing, damaged or another version's."""
+    """A checkpoint, on the CPU; ValueError if missing, damaged or another version's."""
     try:
         with zipfile.ZipFile(path) as file:
             if torn := file.testzip():  # torch.load ignores checksums
