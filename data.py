@@ -63,7 +63,7 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
     """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
     The torchvision sets are in the folder `root`, to which `download` fetches them. least: of classes in a
-    folder. Raises ValueError, in one line, or OSError.
+    folder. Raises ValueError or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in ARCHIVES and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
@@ -120,7 +120,7 @@ def check_room(count: int, size: int, room: float = math.inf) -> None:
 
 
 def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
-    """Mean and standard deviation per channel of uint8 images, in 0..1."""
+    """Mean, deviation per channel of uint8 images, in 0..1."""
     value = torch.arange(256, dtype=torch.float64) / 255
     count = torch.stack([x[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
     share = count / count.sum(1, keepdim=True)
@@ -175,7 +175,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     """Read PATH/train/<class>/*, PATH/unlabelled/* and PATH/test/<class>/* as RGB images of size x size.
 
     unlabelled/ is optional and may be nested. test/ may be called val/, valid/ or validation/; without it a
-    tenth of each class is held out, at least one image by a hash of its name. Unreadable files are left out.
+    tenth of each class is held out, at least one image by a hash of its name.
     PATH/.cache-SIZE.pt keeps the result until a file changes.
 
     Returns ((train_x, train_y), (test_x, test_y)), classes, notes. ValueError for another layout.
@@ -186,7 +186,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
     facts = ascii((size, Image.__version__, [*files], [*told.items()], stamps)).encode()
     signature, cache = hashlib.sha256(facts).hexdigest(), f"{path}/.cache-{size}.pt"
-    with suppress(Exception):  # a damaged one is remade
+    with suppress(Exception):  # damaged
         kept = torch.load(cache, weights_only=True)
         if kept["signature"] == signature:
             return kept["splits"], classes, kept["notes"]
@@ -198,7 +198,8 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     told["unreadable"] = [f"{file} ({error})" for file, error in bad.items() if error != NO_IMAGE]
     for split, name in set(files.values()) - set(good.values()):
         if name:
-            raise wrong(f"{path}: class '{name}' has no readable image in {split}: {some(list(bad), 3)}")
+            own = some([file for file in bad if files[file] == (split, name)], 3)
+            raise wrong(f"{path}: class '{name}' has no readable image in {split}: {own}")
     x = x[torch.tensor([not error for error in errors])]
     y = torch.tensor([classes.index(name) if name else -1 for _, name in good.values()])
     title, held = "test", set()
@@ -228,7 +229,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
     kept = {"signature": signature, "splits": splits, "notes": notes}
-    with suppress(OSError, RuntimeError):  # read-only
+    with suppress(OSError, RuntimeError):
         if "[Errno" not in f"{told}":  # may pass
             write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
     return splits, classes, notes
@@ -316,7 +317,7 @@ def read_images(files: Sequence, size: int, progress: str | None = None) -> tupl
                 if image.size != (size, size):
                     image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
                 pixels[i] = np.asarray(image).transpose(2, 0, 1)
-            except Exception as error:  # a torn file may raise anything
+            except Exception as error:  # torn files
                 errors[i] = reason(error)
 
     tasks = range(0, len(files), 16)
@@ -557,10 +558,11 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
     """Rows as CSV in UTF-8, floats with six digits."""
     columns = columns or [*dict.fromkeys(key for row in rows for key in row)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue().encode(errors="backslashreplace"))
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v == v})
+    write_atomically(path, text.getvalue().replace("\r\n", "\n").encode(errors="backslashreplace"))
 
 
 def write_table(path, rows: list[dict], columns=None) -> str | None:

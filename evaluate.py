@@ -670,7 +670,7 @@ APART = "seed class_order out resume data_dir device embedding torch commit mach
 
 
 def read_runs(path):
-    """Settings, summary of a run folder or each in a table; else ValueError."""
+    """Settings, summary of a run or each in a table; else ValueError."""
 
     def value(cell):
         try:
@@ -783,7 +783,7 @@ def write_compact(source, path):
 
 
 def predict(source, paths, table):
-    """Answer for images, folders: rows in `table`, a picture beside it; counts."""
+    """Answer for images, folders: rows in `table`, a picture; counts."""
     from tqdm import trange
 
     from train import data, model
@@ -802,12 +802,12 @@ def predict(source, paths, table):
         for file, error, *values in zip(files[i : i + 2048], errors, *columns, strict=True):
             values = dict(zip(keys, [None] * 4 if error else values, strict=True))
             rows.append({"file": str(file), **values, "error": error})
-    data.write_csv(table, rows)
     if all(row["error"] for row in rows):
-        raise ValueError(f"{table}: none could be read ({rows[0]['error']})")
+        raise ValueError(f"{paths[0]}: none could be read ({rows[0]['error']})")
+    data.write_csv(table, rows)
     drawn = attempt(draw_predictions, sheet, files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
-    lines = [*notes, *(f"{count:8,d}  {answer}" for answer, count in counts)]
+    lines = [*notes, *(f"{count:8,d}  {data.printable(answer)}" for answer, count in counts)]
     return "\n".join([*lines, f"{len(rows):,} images: {table}" + f", {sheet}" * drawn])
 
 

@@ -56,13 +56,12 @@ class State:
         self.masks, encoder = {}, self.network.encoder  # True = kept
         if earlier:
             self.network.load_state_dict(earlier.state_dict())
-            pruned = min(args.prune, grow_prune.sparsity_of(encoder))
-            self.masks = grow_prune.prune_smallest(encoder, pruned)
+            self.masks = grow_prune.prune_smallest(encoder, min(args.prune, grow_prune.sparsity_of(encoder)))
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
         self.ema = copy.deepcopy(self.network)
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
-        self.rows, self.first_sight = [], {}  # of log.csv; of classes
+        self.rows, self.first_sight = [], {}
         self.before = self.answering = None
         networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
         parts = y, data.sample(y >= -1, count, args.seed), classes, owner, args.seed
@@ -111,13 +110,13 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
-    if mix["aggregation"]:  # 42 a cluster
+    if mix["aggregation"]:
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
-        unknown = len(units.owner)  # one more
+        unknown = len(units.owner)
         count = votes[pool.labelled].bincount(minlength=unknown + 1)
-        balance = count + (count > 0).float() if align else True  # few tell no share
+        balance = count + (count > 0).float() if align else True
         features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         about = features, voted, voted >= 0
@@ -188,7 +187,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
-    head.final, pace = pool.labelled, round(args.epochs / 30)  # looks
+    head.final, pace = pool.labelled, round(args.epochs / 30)
     head.monitor.cooldown, head.units.mature = pace, pace + 1
 
     def right(among: Tensor) -> Tensor:
@@ -227,7 +226,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         unseen = pool.active & ~state.bank.rows.any(dim=1)
         if (mix["aggregation"] or mix["propagation"]) and unseen.any():
             state.bank.update(unseen.nonzero()[:, 0], state.embed(x[unseen], "z"))
-        votes = torch.full_like(y, -1)  # (N): unit, UNKNOWN or -1
+        votes = torch.full_like(y, -1)  # (N)
         if mix["propagation"]:
             h = F.normalize(state.embed(x), dim=1) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
@@ -373,8 +372,8 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         unit = unit.masked_fill(~pool.active | unknown & ~torch.isin(unit, unit.new_tensor(unnamed)), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
-    if unnamed := [u for u in unnamed if u not in head.given]:
-        count = sum(int((unit == u).sum()) for u in unnamed)
+    if unnamed := [u for u in unnamed if u not in head.given and (unit == u).any()]:
+        count = sum((unit == u).sum() for u in unnamed)
         print(f"Units {unnamed} have no name, for {count:,} images. Look at {out}/concepts.png, then:")
         print(f"python evaluate.py {shlex.quote(args.out)} --name {unnamed[0]}=NAME")
 
@@ -408,7 +407,7 @@ FLAGS = """
 --embedding text=tsne: of embedding.png
 --out path: run folder; one in runs/
 --resume path: run to go on with, or --out's
-"""  # name, range or type = default, help; 0..=0: from 0 on, 0
+"""  # name, range or type=default: help
 
 
 def within(bounds: str):
@@ -470,7 +469,7 @@ def load(args) -> data.Dataset:
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
     late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
-        raise ValueError(f"--late: {sorted(wrong)} must be new classes")
+        raise ValueError(f"--late: {sorted(wrong)} must be classes there, and new")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
@@ -575,7 +574,8 @@ def several(args, argv: list[str]) -> int:
         begun = args.resume is not None and os.path.exists(f"{folder}/args.json")
         own = dict(seed=args.seed + i, class_order=args.class_order + i, curriculum=name, out=folder)
         if status := main(argv, **own, seeds=1, resume=folder if begun else None):
-            print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
+            if not args.resume and os.path.isdir(out):
+                print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
             return status
     return evaluate.main([*folders, "--out", f"{out}/comparison.png"])
 
@@ -586,6 +586,8 @@ def main(argv: list[str] | None = None, **changes) -> int:
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
+        if "" in argv:
+            raise ValueError("empty argument")
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, argv)
