@@ -259,7 +259,7 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
             raise wrong(f"{path}: no class may be called '{name}'; images without a label: unlabelled/")
     for name in classes * len(test):
         if (test[0], name) not in there:
-            raise wrong(f"{path}: class '{name}' must be in both train and test, but is not in {test[0]}")
+            raise wrong(f"{path}: class '{name}' must be in train and test, is not in {test[0]}; {LAYOUT}")
     if len(classes) < least:
         raise wrong(f"{path}/train: {classes} is too few classes; {LAYOUT}")
     return files, classes, told

@@ -670,7 +670,7 @@ rm train/bee;rm test/bee
 !/train: ['ant'] is too few classes
 
 rm test/ant;touch test/ant/.x
-!: class 'ant' must be in both train and test, but is not in test
+!: class 'ant' must be in train and test, is not in test; a folder
 
 rm ANT;touch ANT/0.png
 !: class 'ant' has no readable image in train: ANT/0
