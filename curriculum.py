@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 # The gradual curriculum: when things happen, in progress 0..1.
-LEAK = (0.06, 0.26)  # labels of the named classes leak in, from none to the budget
+LEAK = (0.06, 0.26)  # labels of named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join: of the first and of the last one
 NAMING = 0.10  # the first labels of a late class come so much later, so that it can be discovered
 LABELLED_SHARE = (0.5, 0.2)  # share of each batch drawn from labelled images, at first and last
@@ -136,9 +136,9 @@ def fully_supervised(progress: float, num_classes: int, known: int, budget: floa
 
 
 def labels_only(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
-    """The floor: cross-entropy on the labelled images alone."""
+    """The floor: cross-entropy on labelled images alone."""
     ceiling = fully_supervised(progress, num_classes, known, budget, sparsity)
-    return replace(ceiling, name="labels only", label_fraction=budget)
+    return replace(ceiling, name="labels only", label_fraction=budget, crop=CROP[0])
 
 
 CURRICULA: dict[str, Callable[..., Stage]] = {

@@ -1797,8 +1797,8 @@ def test_curricula_use_unlabelled_images(tmp_path, name, capsys, monkeypatch):
     told, labels = capsys.readouterr().out, json_of(out)["labels_used"]
     assert "3 epochs of 2 steps, 6 in all, of 44 images, all there are" in told
     assert "unlabelled: 20 images" in told and labels == (0 if "self" in name else 24)
-    assert seen[0] == (0.5 if name in ("supervised", "labels-only") else 0.2)
-    assert seen[-1] == (0.2 if "self" in name else 0.5)
+    assert seen[0] == (0.5 if name == "supervised" else 0.2)
+    assert seen[-1] == (0.5 if name in "gradual semi supervised" else 0.2)
 
 
 def test_class_flags_and_moved_data(tmp_path, capsys, monkeypatch):
