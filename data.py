@@ -63,7 +63,7 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
     """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
     The torchvision sets are in the folder `root`, to which `download` fetches them. least: of classes in a
-    folder. Raises ValueError or OSError.
+    folder. ValueError or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in ARCHIVES and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
@@ -120,7 +120,7 @@ def check_room(count: int, size: int, room: float = math.inf) -> None:
 
 
 def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
-    """Mean, deviation per channel of uint8 images, in 0..1."""
+    """Mean and deviation per channel of uint8 images, in 0..1."""
     value = torch.arange(256, dtype=torch.float64) / 255
     count = torch.stack([x[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
     share = count / count.sum(1, keepdim=True)

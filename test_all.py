@@ -852,7 +852,7 @@ def test_other_rows_are_left_alone(make, kind):
             gp.grow_head(head, opt, 2)
         for p, old in zip(head.parameters(), plain.parameters(), strict=True):
             assert_close(p[:4], old[:4], rtol=1e-6, atol=1e-7)
-            if seed == 0:  # unit 4 has forgotten everything
+            if seed == 0:
                 state = [v for v in opt.state[p].values() if torch.is_tensor(v) and v.ndim]
                 assert state and not any(v[4:].any() or not v[:4].any() for v in (*state, p.grad))
                 assert equal(p[:4], old[:4]) and equal(p.grad[:4], old.grad[:4])
@@ -1075,7 +1075,7 @@ def test_a_kind_is_found_beside_a_class():
     index = ((y < 4) & ~labelled | (y == 4) & (arange(750) % 2 == 0)).nonzero()[:, 0]
     monitor, groups = gp.ConfusionMonitor(750, patience=1, cooldown=-1), []
     claims = (y[index] % 4).float()  # none of class 0
-    for x in (h, 0 * h, 0 * h + 1, h * math.nan):  # a collapsed network
+    for x in (h, 0 * h, 0 * h + 1, h * math.nan):
         groups.append(monitor.find_concept(index, claims, 0.5, x[index], x[labelled], y[labelled]))
     assert len(groups[0]) > 40 and (y[index[groups[0]]] == 4).all() and groups[1:] == [None] * 3
 
@@ -1700,13 +1700,14 @@ BAD_VALUES = f"""
 --curriculum gradul | error: --curriculum: invalid choice: 'gradul'
 --dataset folder:nowhere | nowhere/train is not there
 --model vgg-smal | did you mean 'vgg-small'
+--label-budget 1.5 | --label-budget: must be float in 0.0..1.0, not '1.5'
 --per-class 4 | no label of 4
 --prune-units 0.5 --model resnet18 | whole filters can be pruned in a plain chain
---lr 0 | --lr: must be float in 1e-6..1e3, not '0'
+--lr 0 | --lr: must be float in 1e-6..1e3
 --epochs 2.5 | --epochs: must be int in 1.., not '2.5'
 --image-size 20 | multiple of 8
 --never-named 10 | must fit the 10 classes
---late 3,x, | --late: ['', 'x'] must be classes
+--late 3,x, | --late: ['', 'x'] must be classes, and new
 --late 3 --known-classes 9 | --late decides --known-classes
 --device warp | --device 'warp' cannot be used
 --inject digits:3 | a class '3' is there already
@@ -1797,8 +1798,8 @@ def test_curricula_use_unlabelled_images(tmp_path, name, capsys, monkeypatch):
     told, labels = capsys.readouterr().out, json_of(out)["labels_used"]
     assert "3 epochs of 2 steps, 6 in all, of 44 images, all there are" in told
     assert "unlabelled: 20 images" in told and labels == (0 if "self" in name else 24)
-    assert seen[0] == (0.5 if name == "supervised" else 0.2)
-    assert seen[-1] == (0.5 if name in "gradual semi supervised" else 0.2)
+    assert seen[0] == [0.2, 0.5][name == "supervised"]
+    assert seen[-1] == [0.2, 0.5][name in "gradual semi supervised"]
 
 
 def test_class_flags_and_moved_data(tmp_path, capsys, monkeypatch):

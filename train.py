@@ -386,7 +386,7 @@ FLAGS = """
 --known-classes 1..: at the start; 7 of 10, of a folder all
 --late text: NAME,NAME: come late
 --never-named 0..=0: last classes without label
---class-order 0..=0: seed of the order
+--class-order 0..=0: seed of order
 --replay 1..: images kept of earlier classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
@@ -396,12 +396,12 @@ FLAGS = """
 --from path: run to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
 --epochs 1..: of as many images as there are
---min-steps 1..: least steps in an epoch
+--min-steps 1..: least steps an epoch
 --batch-size 2..: images per step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
---seed 0..=0: of all but the class order
+--seed 0..=0: of all but class order
 --seeds 1..=1: runs, from --seed, --class-order on
 --device text=auto: cpu, cuda, cuda:1
 --embedding text=tsne: of embedding.png
@@ -469,7 +469,7 @@ def load(args) -> data.Dataset:
     dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
     late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
-        raise ValueError(f"--late: {sorted(wrong)} must be classes there, and new")
+        raise ValueError(f"--late: {sorted(wrong)} must be classes, and new")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
@@ -494,7 +494,7 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint, earlier network, all checked; a folder."""
+    """Settings, data, checkpoint, earlier network, checked; a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         given = args.model or args.image_size or args.known_classes
@@ -564,7 +564,7 @@ def claim_folder(args, about: dict) -> str:
 
 
 def several(args, argv: list[str]) -> int:
-    """All curricula or seeds: exit status."""
+    """All curricula or seeds."""
     names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
     if os.path.exists(f"{out}/args.json"):
@@ -586,9 +586,9 @@ def main(argv: list[str] | None = None, **changes) -> int:
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
-        if "" in argv:
-            raise ValueError("empty argument")
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
+        if "" in {**vars(args), "resume": 0}.values():
+            raise ValueError("empty argument")
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, argv)
         args, dataset, saved, earlier = setup(args, argv)
