@@ -666,7 +666,7 @@ def concept_rows(x, h, unit, unknown, names):
 # ---- runs side by side ----
 
 NEEDED = {"curriculum", "seed", "class_order", "label_budget"}
-APART = "seed class_order out resume data_dir device embedding torch commit machine".split()
+APART = "seed class_order out resume data_dir device embedding torch commit machine command".split()
 
 
 def read_runs(path):
@@ -739,7 +739,7 @@ def spread(values):
 
 
 def comparison_table(result):
-    """The comparison as text, mean ± std."""
+    """The comparison as text."""
     width, lines = max(map(len, result)) + 2, []
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):

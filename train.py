@@ -82,11 +82,10 @@ class State:
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in "network", "ema", "optimizer":
             getattr(self, name).load_state_dict(saved[name])
-        for name in "rows", "first_sight", "answering", "before":
-            setattr(self, name, saved[name])
+        vars(self).update({name: saved[name] for name in ("rows", "first_sight", "answering", "before")})
         self.head.load_state_dict(saved)
-        device, self.bank.rows = self.bank.rows.device, saved["bank"].to(self.bank.rows)
-        self.masks = {name: mask.to(device) for name, mask in saved["masks"].items()}
+        rows = self.bank.rows = saved["bank"].to(self.bank.rows)
+        self.masks = {name: mask.to(rows.device) for name, mask in saved["masks"].items()}
 
 
 @dataclass
@@ -117,7 +116,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         unknown = len(units.owner)
         count = votes[pool.labelled].bincount(minlength=unknown + 1)
         balance = count + (count > 0).float() if align else True
-        features = F.normalize(torch.cat([rows[members], h[members]], dim=1), dim=1)  # (M, 128 + D)
+        features = F.normalize(torch.cat([rows[members], h[members]], dim=1))  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         about = features, voted, voted >= 0
         unit, sure = losses.propagate_labels(*about, k=50, temperature=0.1, balance=balance)
@@ -174,7 +173,8 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 def train(args, dataset, saved: dict | None, earlier) -> None:
     """Train from the start, an earlier run's network, or a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
-    steps = max(math.ceil(len(y) / args.batch_size), args.min_steps)
+    size = min(args.batch_size, max(2, len(y)))
+    steps = max(math.ceil(len(y) / size), args.min_steps)
     known, most = args.known_classes, len(classes) - args.never_named
     options = (args.epochs, len(classes), known, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
@@ -206,8 +206,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
-        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {args.batch_size} images"
-        + ", all there are" * (args.batch_size >= len(y)),
+        f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
+        + ", all there are" * (size >= len(y)),
     ]
     notes += ["one epoch is too few for labels"] * (stages[-1].name == "infancy")
     notes += ["a class lacks labels: nothing is propagated or unknown"] * head.lacks_labels(pool)
@@ -218,7 +218,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         mix = stage.mix | dict.fromkeys(off, 0.0)
         seed = (args.seed << 20) + epoch
         torch.manual_seed(seed)
-        cpu_generator, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
+        on_cpu, generator = (torch.Generator(d).manual_seed(seed) for d in ("cpu", device))
 
         # 1. Classes arrive, unknown images open units, first labels name them.
         for c in y[pool.arrived & (y >= 0)].unique().tolist() if epoch else ():
@@ -228,13 +228,14 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             state.bank.update(unseen.nonzero()[:, 0], state.embed(x[unseen], "z"))
         votes = torch.full_like(y, -1)  # (N)
         if mix["propagation"]:
-            h = F.normalize(state.embed(x), dim=1) if h is None else h
+            h = F.normalize(state.embed(x)) if h is None else h
             votes = head.discover(pool, h) if stage.discovery else votes
         before = pool.taught_before
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or earlier else ():
             head.name_class(pool, c, votes, h)
             if c >= known and before.any():
-                among = before.index_fill(0, torch.tensor(c, device=device), True)
+                among = before.clone()
+                among[c] = True
                 state.first_sight[classes[c]] = evaluate.fraction(right(among), dataset.test_y == c)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
 
@@ -244,19 +245,19 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 3. Training steps; on a GPU as CUDA graphs.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
-        drawn = (pool.active, pool.labelled, args.batch_size, steps, stage.labelled_share, cpu_generator)
+        drawn = (pool.active, pool.labelled, size, steps, stage.labelled_share, on_cpu)
         batches = tqdm(data.batches(*drawn), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
         seen = replace(dataset, scale=max(dataset.scale, (stage.crop, 1.0)))
         one = partial(train_step, state, seen, targets, 1 - 1 / steps, generator)
-        functions = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
+        turns = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
         if device.type == "cuda":
-            functions = model.capture(functions, state.optimizer, generator)
+            turns = model.capture(turns, state.optimizer, generator)
         for step, index in enumerate(batches):
             rate = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
             model.set_learning_rate(state.optimizer, rate)
-            record[step] = functions[step % len(functions)](index)
-        functions = None
-        stop_if_not_finite(record, state.network, epoch)
+            record[step] = turns[step % len(turns)](index)
+        turns = None
+        check_finite(record, state.network, epoch)
 
         # 4. Prune, evaluate, log, checkpoint.
         if stage.sparsity or args.prune_units:
@@ -264,18 +265,18 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             state.masks = grow_prune.prune(state.network.encoder, stage.sparsity, share, state.masks)
         grow_prune.apply_masks(state.ema.encoder, state.masks)
         model.recompute_batchnorm(state.ema, x[data.sample(pool.active, 2048, seed)], state.bf16)
-        h = F.normalize(state.embed(x), dim=1) if mix["propagation"] else None
-        speed = steps * args.batch_size / (time.perf_counter() - start)
+        h = F.normalize(state.embed(x)) if mix["propagation"] else None
+        speed = steps * size / (time.perf_counter() - start)
 
         row = evaluate_epoch(args, state, dataset, stage, pool, targets, h)
-        loss = record.mean(0).tolist()
-        row |= {f"loss_{term}": loss[i] if mix[term] else None for i, term in enumerate(TERMS)}
+        loss = dict(zip(TERMS, record.mean(0).tolist(), strict=True))
+        row |= {f"loss_{term}": loss[term] if mix[term] else None for term in TERMS}
         state.rows += [row | {"images_per_second": speed, "seconds": time.perf_counter() - start}]
         for name, *table in ("log", state.rows), ("events", head.events, grow_prune.EVENT):
             evaluate.say_once(data.write_table(f"{args.out}/{name}.csv", *table))
         save()
-        happened = [e for e in head.events if e["epoch"] == epoch + 1]
-        print(evaluate.log_line(state.rows, args.epochs, happened), flush=True)
+        news = [e for e in head.events if e["epoch"] == epoch + 1]
+        print(evaluate.log_line(state.rows, args.epochs, news), flush=True)
     model.set_learning_rate(state.optimizer, 0.0)  # resumed, too
     finish(args, state, dataset, stages, pools, leak, save)
 
@@ -300,8 +301,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
-            told = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
-            state.answering = told | {"h": near_h.half()}
+            state.answering = {"h": near_h.half(), "labelled": labelled, "limit": limit}
+            state.answering |= {"unnamed": unnamed, "temperature": 1.0}
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
@@ -313,12 +314,12 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     return row | {"sparsity": grow_prune.sparsity_of(state.ema.encoder)}
 
 
-def stop_if_not_finite(record: Tensor, network, epoch: int) -> None:
+def check_finite(record: Tensor, network, epoch: int) -> None:
     """FloatingPointError for the first loss (record: [steps,4]) or weight not finite."""
     bad = [f"loss '{TERMS[term]}' of step {s + 1}" for s, term in (~record.isfinite()).nonzero().tolist()]
     bad += [f"weight '{name}'" for name, p in network.named_parameters() if not p.isfinite().all()]
+    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint"
     if bad:
-        kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "there is no checkpoint"
         raise FloatingPointError(f"{bad[0]} in epoch {epoch + 1} is not finite; {kept}; try a lower --lr")
 
 
@@ -334,7 +335,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
         **{kind: sum(e["event"] == kind for e in head.events) for kind in ("opened", "named")},
-        "labels_used": int(torch.stack([pool.labelled for pool in pools]).any(0).sum()),
+        "labels_used": int((sum(pool.labelled for pool in pools) > 0).sum()),
     }
     here, named, unnamed = pool.active & true, taught[test_y].nonzero()[:, 0], head.units.unnamed()
     hidden, logits = here & ~pool.labelled, head.logits(test_h, taught)  # (N), (T, U)
@@ -358,9 +359,9 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
 
-    draw, out, look = evaluate.attempt, Path(args.out), (stages[0].classes, stages[-1].classes)
+    draw, out, late = evaluate.attempt, Path(args.out), (stages[0].classes, stages[-1].classes)
     draw(evaluate.draw_curves, rows, classes, out / "curves.png")
-    draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *look)
+    draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *late)
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if told and len(named) > 1:
@@ -390,8 +391,8 @@ FLAGS = """
 --replay 1..: images kept of earlier classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
---image-size 8..224: a multiple of 8; 32
---per-class 1..: training images of a class; all
+--image-size 8..224: a multiple of 8
+--per-class 1..: images of a class; all
 --inject text: late classes: cifar100:wolf,tank
 --from path: run to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
@@ -403,10 +404,10 @@ FLAGS = """
 --prune-units 0.0..1.0=0: share of a VGG's filters
 --seed 0..=0: of all but class order
 --seeds 1..=1: runs, from --seed, --class-order on
---device text=auto: cpu, cuda, cuda:1
+--device text=auto: cpu, cuda:1
 --embedding text=tsne: of embedding.png
---out path: run folder; one in runs/
---resume path: run to go on with, or --out's
+--out path: run folder; in runs/
+--resume path: run, or runs, to go on with; --out's
 """  # name, range or type=default: help
 
 
@@ -433,7 +434,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(epilog=f"Defaults: {curriculum.DEFAULTS}", allow_abbrev=False)
     parser.error, types = error, {"path": os.path.expanduser, "text": str}
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
-    more |= {"--embedding": {"choices": [*evaluate.METHODS]}, "--resume": {"nargs": "?", "const": ""}}
+    more |= {"--embedding": {"choices": evaluate.METHODS}, "--resume": {"nargs": "?", "const": ""}}
     parser.add_argument("--validate", action="store_true", help="test on a tenth of the training set")
     for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
         flag, kind = flag.split()
@@ -480,7 +481,6 @@ def load(args) -> data.Dataset:
     args.known_classes = args.known_classes or len(taught) or known
     if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
         raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
-    args.batch_size = min(args.batch_size, max(2, len(y)))
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
     for c, name in enumerate(order):
@@ -501,18 +501,15 @@ def setup(args, argv: list[str]) -> tuple:
         if args.late and args.known_classes or args.origin and given:
             raise ValueError("--late decides --known-classes; --from decides --model, --image-size and that")
     else:
-        given = {flag.partition("=")[0] for flag in argv} - {"--resume"}
+        given = {flag.partition("=")[0] for flag in argv}
         moved = given & {"--device", "--data-dir", "--dataset"}
-        try:
-            made = json.loads(Path(out, "args.json").read_text("utf-8"))
-            made = {name: made[name] for name in vars(args)} | {"out": out, "resume": out}
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"--resume: {out} holds no run of this version") from None
-        flags = {k: f"--{k.replace('_', '-')}".replace("origin", "from") for k in made}
-        asked = [k for k in made if flags[k] in given - moved]
-        if other := [flags[k] for k in asked if made[k] != getattr(args, k)]:
+        flags = {k: f"--{k.replace('_', '-')}".replace("origin", "from") for k in vars(args)}
+        made = made_with(out) | {"out": out, "resume": args.resume}
+        if not made.keys() >= flags.keys():
+            raise ValueError(f"--resume: {out} holds no run of this version")
+        if other := [f for k, f in flags.items() if f in given - moved and made[k] != getattr(args, k)]:
             raise ValueError(f"--resume takes {', '.join(other)} from the run; drop the flag")
-        vars(args).update({k: v for k, v in made.items() if flags[k] not in moved})
+        vars(args).update({k: made[k] for k in flags if flags[k] not in moved})
         if os.path.exists(f"{out}/checkpoint.pt"):
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
@@ -522,8 +519,8 @@ def setup(args, argv: list[str]) -> tuple:
     device = use_device(args.device)
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
-    defaults = curriculum.defaults(args.dataset)
-    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
+    defaults = curriculum.defaults(args.dataset).items()
+    vars(args).update({k: v for k, v in defaults if getattr(args, k) is None})
     network = model.build(args.model, 1, image_size=args.image_size)
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
@@ -539,8 +536,15 @@ def setup(args, argv: list[str]) -> tuple:
         with suppress(OSError):
             git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty"]
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        args.out = claim_folder(args, about)
+        args.out = claim_folder(args, about | {"command": argv})
     return args, dataset, saved, earlier
+
+
+def made_with(folder) -> dict:
+    """The args.json of a run, if it is one."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(Path(folder, "args.json").read_text("utf-8")))
+    return {}
 
 
 def claim_folder(args, about: dict) -> str:
@@ -565,17 +569,15 @@ def claim_folder(args, about: dict) -> str:
 
 def several(args, argv: list[str]) -> int:
     """All curricula or seeds."""
-    names = [*curriculum.CURRICULA] if args.curriculum == "all" else [args.curriculum]
+    names = curriculum.CURRICULA if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
-    if os.path.exists(f"{out}/args.json"):
+    if made_with(out):
         raise ValueError(f"{out} is one run; choose another")
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
-        begun = args.resume is not None and os.path.exists(f"{folder}/args.json")
+        begun = args.resume is not None and made_with(folder)
         own = dict(seed=args.seed + i, class_order=args.class_order + i, curriculum=name, out=folder)
         if status := main(argv, **own, seeds=1, resume=folder if begun else None):
-            if not args.resume and os.path.isdir(out):
-                print(f"for the rest: the same command with --resume {shlex.quote(out)}", file=sys.stderr)
             return status
     return evaluate.main([*folders, "--out", f"{out}/comparison.png"])
 
@@ -586,13 +588,18 @@ def main(argv: list[str] | None = None, **changes) -> int:
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
+        args = make_parser().parse_args(argv)
+        if args.resume is not None and not changes:
+            begun = Path(args.resume or args.out or ".").glob("*")
+            argv = next(filter(None, (made_with(run).get("command") for run in begun)), []) + argv
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, argv)
         args, dataset, saved, earlier = setup(args, argv)
-        way_on = f"; go on with: python train.py --resume {shlex.quote(args.out)}"
+        whole = os.path.dirname(args.out) if changes else args.out
+        way_on = f"; go on with: python train.py --resume {shlex.quote(whole)}"
         train(args, dataset, saved, earlier)
         return 0
     except KeyboardInterrupt:
