@@ -103,7 +103,7 @@ def make_folder(root, classes=("ant", "bee"), per_class=3):
 
 
 def refused(capsys, main, args):
-    """The one line with which `main` refuses these arguments."""
+    """The line with which `main` refuses these."""
     capsys.readouterr()
     assert main([str(a) for a in args]) == 2
     message = capsys.readouterr().err
@@ -1081,7 +1081,7 @@ def test_a_kind_is_found_beside_a_class():
 
 
 def nameless(kinds=5, units=4, wrap=None, truth=True):
-    """A manager, its pool, embeddings; classes 0 to 3 have some labels."""
+    """A manager, pool, embeddings; 0 to 3 have labels."""
     h, y, labelled = crowd(kinds, 150, 0, 4)
     torch.manual_seed(0)
     h, network, head = F.normalize(h, dim=1), nn.Module(), model.CosineHead(16, units)
@@ -1108,7 +1108,7 @@ def happened(manager):
 
 
 def review(manager, pool, h, y):
-    """Merge and split; the units of the images of each nameless kind."""
+    """Merge and split; the units of each nameless kind."""
     manager.review_units(pool, (y < 4).nonzero()[:, 0], h)
     return [manager.monitor.concept[y == kind].unique().tolist() for kind in range(4, int(y.max()) + 1)]
 
@@ -1767,7 +1767,8 @@ def test_several_runs_go_on(capsys, tmp_path):
     before, second = contents(tmp_path), tmp_path / "labels-only-s4"
     assert json_of(second, "args")["class_order"] == 1
     shutil.rmtree(second)
-    for more, words in ("", "s3 is not an empty"), (" --resume --lr 1", "takes --lr from"):
+    bad = ("", "s3 is not an empty"), (" --resume --lr 1", "takes --lr from"), (" --resume no", "holds none")
+    for more, words in bad:
         assert start(tmp_path, flags + more) == 2 and words in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path)]) == 0 and before.keys() <= contents(tmp_path).keys()
     assert json_of(second, "args")["lr"] == 0.02

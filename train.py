@@ -1,7 +1,7 @@
 """Train an image encoder by gradual supervision: `python train.py --curriculum gradual`.
 
-Read `train`: in each epoch classes arrive and get names, images get targets, steps are taken, and what was
-learned is pruned, evaluated and saved.
+Read `train`: in each epoch classes arrive and get names, images get targets, steps are taken, and the
+result is pruned, evaluated and saved.
 """
 
 import os
@@ -48,7 +48,7 @@ class State:
     """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network of `units` units, or an earlier run's, and its training."""
+        """A new network of `units` units, or an earlier one, and its training."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
@@ -104,7 +104,7 @@ class Targets:
 def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
     """Cluster the memory bank; images that vote for a unit decide about the others.
 
-    votes: int64 [N], a unit, UNKNOWN or -1; h: the EMA's embeddings [N,D] of length 1, or None; align:
+    votes: int64 [N], a unit, UNKNOWN or -1; h: the EMA's embeddings, unit rows [N,D], or None; align:
     scale the votes to the classes' shares of the labels.
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
@@ -116,7 +116,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         unknown = len(units.owner)
         count = votes[pool.labelled].bincount(minlength=unknown + 1)
         balance = count + (count > 0).float() if align else True
-        features = F.normalize(torch.cat([rows[members], h[members]], dim=1))  # (M, 128 + D)
+        features = F.normalize(torch.cat([rows[members], h[members]], 1))  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
         about = features, voted, voted >= 0
         unit, sure = losses.propagate_labels(*about, k=50, temperature=0.1, balance=balance)
@@ -179,7 +179,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     options = (args.epochs, len(classes), known, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
     stages = curriculum.going_on(stages) if args.taught else stages
-    least = int(y.min()) + 1  # the first may have no images
+    least = int(y.min()) + 1  # the first may lack images
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
@@ -199,7 +199,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         state.before = evaluate.fraction(right(taught), taught[dataset.test_y])
 
     def save() -> None:
-        about = {"version": VERSION, "args": vars(args), "fingerprint": fingerprint}
+        about = dict(version=VERSION, args=vars(args), fingerprint=fingerprint)
         about |= {"names": head.names(pool.taught)} | state.state_dict()
         data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about))
 
@@ -223,7 +223,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 1. Classes arrive, unknown images open units, first labels name them.
         for c in y[pool.arrived & (y >= 0)].unique().tolist() if epoch else ():
             head.log("arrived", c=c, count=int((y[pool.arrived] == c).sum()))
-        unseen = pool.active & ~state.bank.rows.any(dim=1)
+        unseen = pool.active & ~state.bank.rows.any(1)
         if (mix["aggregation"] or mix["propagation"]) and unseen.any():
             state.bank.update(unseen.nonzero()[:, 0], state.embed(x[unseen], "z"))
         votes = torch.full_like(y, -1)  # (N)
@@ -242,7 +242,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 2. Clusters and pseudo-labels.
         targets = make_targets(state, pool, mix, votes, h, args.replay is None, generator)
 
-        # 3. Training steps; on a GPU as CUDA graphs.
+        # 3. Steps; on a GPU as CUDA graphs.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
         drawn = (pool.active, pool.labelled, size, steps, stage.labelled_share, on_cpu)
@@ -285,8 +285,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     """A row of log.csv, from some test images, at last all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     unnamed, hidden = head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
-    row = {"epoch": head.epoch, "stage": stage.name, "classes": stage.classes, "labels": labels}
-    row |= {"labelled": labels / len(y), "units": len(head.units.owner), "unnamed": len(unnamed)}
+    row = dict(epoch=head.epoch, stage=stage.name, classes=stage.classes, labels=labels)
+    row |= dict(labelled=labels / len(y), units=len(head.units.owner), unnamed=len(unnamed))
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
@@ -301,8 +301,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
-            state.answering = {"h": near_h.half(), "labelled": labelled, "limit": limit}
-            state.answering |= {"unnamed": unnamed, "temperature": 1.0}
+            state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
+            state.answering["h"] = near_h.half()
             if args.curriculum == "gradual":
                 claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
@@ -347,7 +347,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
-        # Training raises claims. Half fit, half test.
+        # Training raises claims. Half test.
         told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held = named[::2], named[1::2]
         target = logits.masked_fill(head.answered(taught) != test_y[:, None], -math.inf).argmax(1)
@@ -383,7 +383,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
 
 FLAGS = """
 --curriculum text=gradual: what is taught when, or all
---label-budget 0.0..1.0: share of labels that leaks; 0.1, or 1 beside unlabelled
+--label-budget 0.0..1.0: share of labels that leaks; 0.1, 1 beside unlabelled
 --known-classes 1..: at the start; 7 of 10, of a folder all
 --late text: NAME,NAME: come late
 --never-named 0..=0: last classes without label
@@ -397,8 +397,8 @@ FLAGS = """
 --from path: run to start from
 --model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
 --epochs 1..: of as many images as there are
---min-steps 1..: least steps an epoch
---batch-size 2..: images per step
+--min-steps 1..: least an epoch
+--batch-size 2..: images a step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
@@ -446,7 +446,7 @@ def make_parser() -> ArgumentParser:
 
 def use_device(name: str) -> torch.device:
     """The device `name`, if it works; TF32, no denormals, freed pages kept."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, dtype=torch.float64, device=name).item()
     except Exception as error:
@@ -571,8 +571,8 @@ def several(args, argv: list[str]) -> int:
     """All curricula or seeds."""
     names = curriculum.CURRICULA if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
-    if made_with(out):
-        raise ValueError(f"{out} is one run; choose another")
+    if made_with(out) or args.resume is not None and not any(map(made_with, Path(out).glob("*"))):
+        raise ValueError(f"{out} is a run or holds none; choose another")
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
         begun = args.resume is not None and made_with(folder)
