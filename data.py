@@ -1,4 +1,4 @@
-"""Images and labels in memory: what is there, what is active, what is labelled.
+"""Images and labels in memory: what is there, active, labelled.
 
 Images are a uint8 tensor [N,3,S,S], labels an int64 tensor [N] (-1: none).
 """
@@ -91,7 +91,7 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 def reason(error: BaseException) -> str:
     """An error in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def printable(text: str) -> str:
@@ -130,7 +130,7 @@ def channel_statistics(x: Tensor) -> tuple[tuple, tuple]:
 
 
 def read_digits(size: int) -> tuple[tuple, list[str]]:
-    """scikit-learn's 1,797 digits; a stratified quarter is the test set."""
+    """scikit-learn's 1,797 digits; a stratified quarter is test."""
     from sklearn import datasets, model_selection
 
     digits = datasets.load_digits()
@@ -198,7 +198,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     told["unreadable"] = [f"{file} ({error})" for file, error in bad.items() if error != NO_IMAGE]
     for split, name in set(files.values()) - set(good.values()):
         if name:
-            own = some([file for file in bad if files[file] == (split, name)], 3)
+            own = some([f"{file} ({bad[file]})" for file in bad if files[file] == (split, name)], 3)
             raise wrong(f"{path}: class '{name}' has no readable image in {split}: {own}")
     x = x[torch.tensor([not error for error in errors])]
     y = torch.tensor([classes.index(name) if name else -1 for _, name in good.values()])
@@ -228,7 +228,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
-    kept = {"signature": signature, "splits": splits, "notes": notes}
+    kept = dict(signature=signature, splits=splits, notes=notes)
     with suppress(OSError, RuntimeError):
         if "[Errno" not in f"{told}":  # may pass
             write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
@@ -266,7 +266,7 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
 
 
 def walk(root: str, top: str, told: dict) -> list[str]:
-    """The files below root/top, relative to root and sorted; `told` gets what is not read."""
+    """Files below root/top, relative to root, sorted; `told` gets what is not read."""
 
     def refuse(error):
         raise error
@@ -300,8 +300,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 def read_images(files: Sequence, size: int, progress: str | None = None) -> tuple[Tensor, list, list[str]]:
     """Read files in parallel: uint8 [M,3,size,size], the square in the middle of each image.
 
-    Also returns, for each file, None or why it could not be read (then 0), and notes on what was cut and
-    scaled. progress: label of a progress bar.
+    Also returns for each file None or why it could not be read, and notes on what was cut and scaled.
+    progress: label of a bar.
     """
     from tqdm import tqdm
 
@@ -388,13 +388,15 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
     x, y = dataset.train_x, dataset.train_y
     order = leak_order(y, seed=2**20)
     held = label_mask(order, y, share, range(len(dataset.classes))) | (order == 0)
-    return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
+    notes = [*dataset.notes, f"--validate: the test is {held.sum()} images of train"]
+    parts = dict(train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
+    return replace(dataset, **parts, notes=notes)
 
 
 def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]".
 
-    Unlabelled images stay out. ValueError if something is not there.
+    Unlabelled images stay out. Else ValueError.
     """
     source, _, text = spec.rpartition(":")
     if not text or source in ("", "folder"):
@@ -406,7 +408,7 @@ def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
             raise wrong(f"--inject: no class '{name}' in {source}{suggest(name, other.classes)}")
         if name in dataset.classes or names.count(name) > 1:
             raise wrong(f"--inject: a class '{name}' is there already")
-    told = [f"{source}: {note}" for note in other.notes]
+    told = [f"{source} (only {some(names)}): {note}" for note in other.notes]
     rank = torch.full((len(other.classes) + 1,), -1)  # of the other's classes, and of no label
     rank[[other.classes.index(name) for name in names]] = torch.arange(len(names)) + len(dataset.classes)
     parts = {"classes": dataset.classes + names, "notes": dataset.notes + told}
@@ -418,7 +420,7 @@ def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
 
 
 def class_order(num_classes: int, seed: int) -> list[int]:
-    """The order in which classes appear: a seeded permutation."""
+    """The order of classes: a seeded permutation."""
     return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -437,7 +439,7 @@ def leak_order(labels: Tensor, seed: int) -> Tensor:
 def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence[int]) -> Tensor:
     """Which labels are known: the first round(fraction n_c) images of each class c in `classes`. bool [N].
 
-    order: from `leak_order`. A larger fraction contains a smaller one. Raises ValueError outside 0..1.
+    order: from `leak_order`. A larger fraction contains a smaller one. ValueError outside 0..1.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
@@ -464,7 +466,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     """The Pool of each epoch, by its Stage (of curriculum.py); the labels y int64 [N] leak in `order`.
 
     Images without a label are always there. classes: in all; known: at the start; replay: images kept
-    of a class when later ones come (None: all); taught: bool [C], the classes taught before.
+    of a class when later ones come (None: all); taught: bool [C], before.
     """
     nothing, result, latest = y < -1, [], 0
     learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
@@ -472,7 +474,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     now = Pool(nothing, nothing, learned, nothing, nothing, learned)
     for stage in stages:
         if stage.classes > there:
-            latest, there = there, stage.classes  # the classes from `latest` on came last
+            latest, there = there, stage.classes  # those from `latest` on came last
         active = y < there
         if replay is not None and there > known:
             active &= (y >= latest) | (order < replay) | (y < 0)
@@ -491,7 +493,7 @@ def sample(mask: Tensor, count: int, seed: int) -> Tensor:
 
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` entries of pool [M]: whole random permutations, the last cut off. int64 [count]."""
+    """`count` entries of pool [M]: whole random permutations, the last cut. int64 [count]."""
     rounds = math.ceil(count / len(pool))
     return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
 
@@ -575,7 +577,7 @@ def write_table(path, rows: list[dict], columns=None) -> str | None:
 
 
 def read_checkpoint(path, version: int) -> dict:
-    """A checkpoint, on the CPU; ValueError if missing, damaged or another version's."""
+    """A checkpoint of this version, on the CPU; else ValueError."""
     try:
         with zipfile.ZipFile(path) as file:
             if torn := file.testzip():  # torch.load ignores checksums
@@ -586,5 +588,5 @@ def read_checkpoint(path, version: int) -> dict:
         state = "damaged" if os.path.exists(path) else "not there"
         raise wrong(f"{path} is {state} ({reason(error)})") from None
     if found != version:
-        raise wrong(f"{path}: the checkpoint has version {found}, this program writes {version}")
+        raise wrong(f"{path} has version {found}, this program writes {version}")
     return saved

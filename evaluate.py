@@ -77,6 +77,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
             images = images.float().div_(255) if images.dtype == torch.uint8 else images
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 output = network(images.contiguous(memory_format=torch.channels_last))
+            output = output if isinstance(output, tuple) else (output,)  # h alone
             out.append(output[PARTS.index(part)].float())
     finally:
         for module, mode in modes:
@@ -185,7 +186,7 @@ def fraction(right: Tensor, among: Tensor) -> float | None:
 
 
 def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
-    """Accuracy of the head on all test images, the first `known` classes, the others."""
+    """Accuracy on all test images, the first `known` classes, the others."""
     right, old = predicted == y, y < known
     parts = {"accuracy": old | ~old, "old_accuracy": old, "new_accuracy": ~old}
     return {name: fraction(right, part) for name, part in parts.items()}
@@ -326,7 +327,7 @@ def open_world(h: Tensor, y: Tensor, labelled: Tensor, new: Tensor, seed=0) -> d
 
 @measured
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The T (0.05..20) under which softmax(logits [N,C] / T) fits y [N] (arXiv 1706.04599); near 1 if few."""
+    """The T (0.05..20) by which softmax(logits [N,C] / T) fits y [N] (arXiv 1706.04599)."""
     from scipy.optimize import minimize_scalar
 
     def loss(t):
@@ -359,9 +360,11 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
         raise ValueError("network has no unit with a name: it was trained without labels")
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
     logits = measured(network.head.forward)(h)[:, in_use] / memory.get("temperature", 1.0)
-    called, place = [names[u] or f"unit {u}" for u in in_use], logits.argmax(1)
+    called = [names[u] or f"unit {u}" for u in in_use]
     same = torch.tensor([[a == b for b in called] for a in called], device=x.device)
-    confidence = (logits.softmax(1) * same[place]).sum(1)
+    sure = logits.softmax(1) @ same.float()
+    confidence = sure.amax(1)
+    place = logits.masked_fill(sure < confidence[:, None], -math.inf).argmax(1)
     unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
     if memory:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
@@ -400,7 +403,7 @@ def log_header() -> str:
 
 
 def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
-    """The last row of log.csv as a line, and events. left: minutes."""
+    """The last row of log.csv and events."""
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
@@ -457,7 +460,7 @@ def say_once(text):
 
 @contextmanager
 def figure(path, width, height, rows=1, columns=1, **options):
-    """A figure of so many inches and its axes; written to path."""
+    """A figure of so many inches, written to path."""
     from matplotlib import figure, font_manager, rc_context
 
     fonts = [name for name in FONTS if name in font_manager.fontManager.get_font_names()]
@@ -472,7 +475,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
 
 
 def shown(name, length=24):
-    """A name for a picture: one line, shortened, "$" and a leading "_" harmless."""
+    """A name for a picture: one short line, "$" and "_" harmless."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
     return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
@@ -491,7 +494,7 @@ def plot(ax, rows, key, label, **look):
 
 
 def draw_curves(rows, classes, path):
-    """Accuracy, losses, labels, what is unknown; rows: of log.csv."""
+    """Accuracy, losses, labels, the unknown; rows: of log.csv."""
     known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
@@ -552,7 +555,7 @@ def draw_life(rows, events, classes, path, owner):
 
 @measured
 def project(h: Tensor, method="tsne") -> np.ndarray:
-    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap" (ValueError if not installed)."""
+    """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap"; else ValueError."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -595,7 +598,7 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
 
 @measured
 def draw_confusion(predicted, y, classes, path):
-    """Which class is taken for which, in % of the true one."""
+    """Which class is taken for which, in %."""
     n, names = len(classes), [shown(name, 20) for name in classes]
     table = (y * n + predicted).bincount(minlength=n * n).view(n, n).cpu().numpy()
     share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))
@@ -630,13 +633,13 @@ def contact_sheet(path, rows, title):
 
 
 def in_lines(label, images, captions):
-    """Captioned images [n,3,H,W] as rows of a contact sheet."""
+    """Captioned images [n,3,H,W] as rows."""
     return [(label * (i == 0), images[i : i + 12], captions[i : i + 12]) for i in range(0, len(images), 12)]
 
 
 @measured
 def mistake_rows(x, predicted, confidence, y, classes):
-    """The 48 surest mistakes among images x [N,3,H,W] of classes y [N], for a contact sheet."""
+    """The 48 surest mistakes among images x [N,3,H,W], for a contact sheet."""
     order = confidence.argsort(descending=True)
     wrong = order[(predicted != y)[order]][:48]
     told = zip(*(values[wrong].tolist() for values in (predicted, confidence, y)), strict=True)
@@ -670,7 +673,7 @@ APART = "seed class_order out resume data_dir device embedding torch commit mach
 
 
 def read_runs(path):
-    """Settings, summary of a run or each in a table; else ValueError."""
+    """Settings, summary of each run; else ValueError."""
 
     def value(cell):
         try:
@@ -693,7 +696,7 @@ def read_runs(path):
 
 
 def runs_among(paths):
-    """The run folders and tables (*.csv) among paths; a folder stands for its finished runs."""
+    """Run folders and tables among paths; a folder stands for its finished runs."""
     folders = []
     for path in (Path(path).expanduser() for path in paths):
         inside = [] if (path / "args.json").exists() else sorted(path.rglob("args.json"))
@@ -771,7 +774,7 @@ def draw_comparison(result, path):
 
 
 def write_compact(source, path):
-    """Write a network without its dead filters; compare both on noise."""
+    """Write a network without dead filters; compare both."""
     from train import data, model
 
     whole = model.load(source)
@@ -783,7 +786,7 @@ def write_compact(source, path):
 
 
 def predict(source, paths, table):
-    """Answer for images, folders: rows in `table`, a picture; counts."""
+    """Answers in `table`, a picture; counts."""
     from tqdm import trange
 
     from train import data, model
@@ -825,7 +828,7 @@ def draw_predictions(path, files, rows, size):
 
 
 def name_units(path, pairs):
-    """Name units found without labels; a class's name joins the unit to it."""
+    """Name units; a class's name joins the unit to it."""
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
@@ -852,6 +855,7 @@ def name_units(path, pairs):
 def act(args):
     """Do what was asked; text to print."""
     asked = [f"--{flag}" for flag in ("compact", "predict", "name") if getattr(args, flag)]
+    asked += ["--out"] * bool(asked and args.out and not args.predict)
     if asked and len(asked) + len(args.runs) > 2:
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
     out = args.compact or args.out or ("predictions.csv" if args.predict else "comparison.png")
@@ -875,7 +879,7 @@ def act(args):
 
 
 def main(argv=None):
-    """The command line. Exit status: 0, or 2 after a line on stderr."""
+    """The command line. Exit status 0, or 2: an error."""
 
     def fail(message):
         raise ValueError(message)
@@ -891,7 +895,7 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RuntimeError, csv.Error, KeyboardInterrupt) as error:
         print(f"evaluate.py: error: {' '.join(f'{error}'.split()) or 'stopped'}", file=sys.stderr)
         return 2
     return 0

@@ -571,7 +571,7 @@ def test_digits_held_out_and_reordered():
     d = replace(d, train_x=n, train_y=d.train_y.masked_fill(n % 9 == 0, -1))
     h = data.hold_out(d)
     assert sorted([*h.train_x, *h.test_x]) == n.tolist()
-    assert equal(h.test_x, data.hold_out(d, 0.1).test_x)
+    assert equal(h.test_x, data.hold_out(d, 0.1).test_x) and "--validate" in h.notes[-1]
     share = (h.test_y + 1).bincount() / (d.train_y + 1).bincount()
     assert share[0] == 0 and ((share[1:] - 0.1).abs() < 0.01).all()
     s = data.class_subset(d, 30, seed=0)
@@ -623,7 +623,7 @@ def alter(root, commands):
             do[verb](root / name, *(root / other for other in rest))
 
 
-# Done to a folder; images of ant, bee, no label, test; notes, or a refusal.
+# Done to a folder; images of ant, bee, no label, test; notes or refusal.
 FOLDERS = """\
 mv test val
 3 3 0 6; train: 6 images (ant 3, bee 3); test: 6 images (ant 3, bee 3)
@@ -732,7 +732,7 @@ alpha = np.dstack([grey] * 3 + [(ramp > 15) * 255]).astype(np.uint8)
 white, hole = np.where(ramp < 16, 255, grey), np.where(grey == 74, 255, grey)
 turned = Image.Exif()
 turned[0x112] = 3
-# A file, the image in it, the grey that is read, how much that may differ, options.
+# A file, the image in it, the grey that is read, tolerance, options.
 PIXELS = {
     **{f"a.{kind}": (grey, grey, 0) for kind in "png bmp ppm gif tga jp2 webp".split()},
     "a.avif": (grey, grey, 6),
@@ -939,7 +939,7 @@ def test_an_imprinted_unit_takes_little():
     for tolerance in (0.0, 0.02, 0.5, 1.0):
         gp.imprint(head, 3, h, others, tolerance)
         assert (head(others).argmax(1) == 3).float().mean() <= tolerance + 1 / 200 and not head.bias[:3].any()
-    gp.imprint(head, 3, h, others, 0.02, arange(4) == 0)  # the others do not answer
+    gp.imprint(head, 3, h, others, 0.02, arange(4) == 0)
     assert 0 < (head(others)[:, 3] > head(others)[:, 0]).float().mean() <= 0.02
 
 
@@ -1006,7 +1006,7 @@ def test_weights_and_filters_go():
     net = nn.Sequential(*chain(8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     net.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
     net.heads, net.wide = nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 1, kdim=2)
-    net[5].weight = net[4].weight  # a tied weight counts once, under either name
+    net[5].weight = net[4].weight  # tied: counts once
     sizes = torch.cat([p.detach().abs().flatten() for p in gp.prunable(net).values()])
     first = gp.prune_smallest(net, 0.37)
     kept = torch.cat([mask.flatten() for mask in first.values()])
@@ -1074,7 +1074,7 @@ def test_a_kind_is_found_beside_a_class():
     h, y, labelled = crowd(5, 150, 0, 4)
     index = ((y < 4) & ~labelled | (y == 4) & (arange(750) % 2 == 0)).nonzero()[:, 0]
     monitor, groups = gp.ConfusionMonitor(750, patience=1, cooldown=-1), []
-    claims = (y[index] % 4).float()  # none of class 0
+    claims = (y[index] % 4).float()
     for x in (h, 0 * h, 0 * h + 1, h * math.nan):
         groups.append(monitor.find_concept(index, claims, 0.5, x[index], x[labelled], y[labelled]))
     assert len(groups[0]) > 40 and (y[index[groups[0]]] == 4).all() and groups[1:] == [None] * 3
@@ -1085,7 +1085,7 @@ def nameless(kinds=5, units=4, wrap=None, truth=True):
     h, y, labelled = crowd(kinds, 150, 0, 4)
     torch.manual_seed(0)
     h, network, head = F.normalize(h, dim=1), nn.Module(), model.CosineHead(16, units)
-    for c in range(4):  # a head that knows its classes
+    for c in range(4):
         gp.imprint(head, c, h[y == c])
     network.head = wrap(head) if wrap else head
     networks = network, copy.deepcopy(network), SGD(network.parameters())
@@ -1137,7 +1137,7 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
 def test_a_unit_is_provisional_and_released():
     manager, pool, h, y = nameless(6)
     full, concept = pool.labelled, manager.monitor.concept
-    manager.final = full | (pool.place == 899)  # another class: no change
+    manager.final = full | (pool.place == 899)  # no change
     pool.labelled = pool.labelled_before = full & (pool.place % 4 > 0)  # a pause
     for units in ([4], [4, 5]):
         votes = manager.discover(pool, h)
@@ -1208,7 +1208,7 @@ def test_first_labels_name_their_unit(found, units):
     assert manager.units.owner == [0, 1, 2, 3, *[FREE] * (units - 4) * found, 4]
     assert happened(manager) == ("released " * (units - 4) + "named" if found else "grown" * (5 - units))
     assert (manager.predict(h, pool.taught)[1] == y).float().mean() > 0.9
-    # It points at its images, away from others; the learner is left alone.
+    # It points at its images; the learner is left alone.
     towards = gp.discriminant(h[fifth | own & found].mean(0), h[known], y[known])
     assert F.cosine_similarity(manager.ema.head.weight[unit], towards, dim=0) > 0.9999
     assert not found or equal(manager.network.head.weight, learner)
@@ -1263,6 +1263,7 @@ def test_embedding_changes_nothing():
     h = ev.embed(network, x, batch_size=4)
     assert h.shape == (9, 128) and h.dtype == torch.float32
     assert_close(ev.embed(network, x / 255), h)
+    assert ev.embed(nn.Flatten(), x).shape == (len(x), x[0].numel())
     with in_bf16():
         assert_close(ev.embed(network, x), h)
     network.head.forward = fails(ZeroDivisionError)
@@ -1283,7 +1284,7 @@ def test_gcd_accuracy_is_one_match():
 def test_semi_kmeans_holds_the_labelled():
     y, at = arange(300) % 5, arange(300)
     h, old = unit_rows(5, 16)[y] + 0.4 * unit_rows(300, 16, 1), y < 3
-    told = torch.where(at < 3, (y + 1) % 3, y)  # three contradict h
+    told = torch.where(at < 3, (y + 1) % 3, y)
     clusters = ev.semi_kmeans(h, told, old & (at < 60), 5)
     assert equal(clusters[old], told[old])
     assert min(ev.gcd_accuracy(clusters, told, ~old).values()) == 1
@@ -1493,6 +1494,9 @@ bad.csv | bad.csv: not a
 list --out nowhere/figure.png | its folder is not there
 list torn --compact small.pt | --compact: one at a time, of one run
 list --predict list --name 2=blue | one at a time
+list --out a --name 2=blue | --name and --out: one
+~noone/run | home
+big.csv | field larger
 some/three --compact small.pt | checkpoint.pt
 list --out log.csv | a run's
 list --nme | unrecognized"""
@@ -1531,7 +1535,8 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
     assert "gradual     2 " in out and "three: not finished, left out" in err
     assert "gradual: 2 runs repeat a seed" in err
     files = {"torn/args.json": "{", "other/args.json": '{"curriculum": "self"}', "list/args.json": "[]"}
-    for name, text in (files | {"log.csv": "epoch\n1\n", "bad.csv": "\xff\0"}).items():
+    files |= {"log.csv": "epoch\n1\n", "bad.csv": "\xff\0", "big.csv": "a" * 2**18}
+    for name, text in files.items():
         Path(name).write_text(text, "latin1")
     for row in WRONG_RUNS.splitlines():
         args, words = row.split(" | ")
@@ -1624,7 +1629,7 @@ def test_every_curriculum_leaves_figures(runs, name):
     assert 0 < spent < 80 if name == "gradual" else spent == 4 * summary["labels_used"]
     assert abs(summary["sparsity"] - 0.8) < 0.01
     assert (summary["first_sight"] is not None) == (name == "gradual")
-    assert ("gcd_all" in summary) == (taught and name != "supervised")  # where images have no label
+    assert ("gcd_all" in summary) == (taught and name != "supervised")
     assert ("calibration_error" in summary) == taught and summary.get("calibration_error", 0) < 0.5
     for picture in ["curves", "embedding"] + ["confusion", "concepts", "mistakes"] * taught:
         assert name not in DRAWN or (run / f"{picture}.png").stat().st_size > 5_000
@@ -1888,7 +1893,7 @@ def taught_by(x):
 @cases("device", ["cpu", "cuda"])
 def test_a_step_never_waits_for_the_device(device, monkeypatch):
     """A step that asks for a fake value, or leaves its device, fails."""
-    if device == "cuda":  # backward needs a real stream
+    if device == "cuda":
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     with FakeTensorMode(), torch.device(device):
         dataset, targets = taught_by(zeros(300, 3, 32, 32, dtype=torch.uint8))

@@ -108,7 +108,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     scale the votes to the classes' shares of the labels.
     """
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
-    clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])  # (N)
+    clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])
     if mix["aggregation"]:
         k = max(2, round(len(members) / 42))
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
@@ -171,7 +171,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 
 
 def train(args, dataset, saved: dict | None, earlier) -> None:
-    """Train from the start, an earlier run's network, or a saved checkpoint."""
+    """Train from the start, an earlier network, or a saved checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     size = min(args.batch_size, max(2, len(y)))
     steps = max(math.ceil(len(y) / size), args.min_steps)
@@ -186,7 +186,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
     names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
-    head, pool, h = state.head, pools[-1], None  # h: EMA embeddings [N,D]
+    head, pool, h = state.head, pools[-1], None  # h: the EMA's [N,D]
     head.final, pace = pool.labelled, round(args.epochs / 30)
     head.monitor.cooldown, head.units.mature = pace, pace + 1
 
@@ -206,10 +206,10 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
+        f"labels: of {head.final.sum():,} images" + ": nothing is unknown" * bool(head.final.all()),
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
         + ", all there are" * (size >= len(y)),
     ]
-    notes += ["one epoch is too few for labels"] * (stages[-1].name == "infancy")
     notes += ["a class lacks labels: nothing is propagated or unknown"] * head.lacks_labels(pool)
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
@@ -324,7 +324,7 @@ def check_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """The final figures and pictures."""
+    """Final figures and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -388,21 +388,21 @@ FLAGS = """
 --late text: NAME,NAME: come late
 --never-named 0..=0: last classes without label
 --class-order 0..=0: seed of order
---replay 1..: images kept of earlier classes; all
+--replay 1..: images kept of old classes; all
 --dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir path=data: of data sets
 --image-size 8..224: a multiple of 8
 --per-class 1..: images of a class; all
---inject text: late classes: cifar100:wolf,tank
+--inject text: late: cifar100:wolf,tank
 --from path: run to start from
---model text: cnn, vgg-small, vgg11, vgg16, or torchvision's
---epochs 1..: of as many images as there are
+--model text: cnn, vgg-small, vgg11, vgg16 or torchvision's
+--epochs 1..: as many images as there are
 --min-steps 1..: least an epoch
 --batch-size 2..: images a step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
---seed 0..=0: of all but class order
+--seed 0..=0: of all else
 --seeds 1..=1: runs, from --seed, --class-order on
 --device text=auto: cpu, cuda:1
 --embedding text=tsne: of embedding.png
@@ -412,7 +412,7 @@ FLAGS = """
 
 
 def within(bounds: str):
-    """The type of a flag: a number in "low..high", whole if these are."""
+    """A flag's type: a number in "low..high", whole if these are."""
     kind = int if bounds.strip("0123456789") == ".." else float
     low, high = (kind(end or 2**31 - 1) for end in bounds.split(".."))
 
@@ -541,7 +541,7 @@ def setup(args, argv: list[str]) -> tuple:
 
 
 def made_with(folder) -> dict:
-    """The args.json of a run, if it is one."""
+    """A run's args.json, if it is one."""
     with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(folder, "args.json").read_text("utf-8")))
     return {}
@@ -590,8 +590,8 @@ def main(argv: list[str] | None = None, **changes) -> int:
     try:
         args = make_parser().parse_args(argv)
         if args.resume is not None and not changes:
-            begun = Path(args.resume or args.out or ".").glob("*")
-            argv = next(filter(None, (made_with(run).get("command") for run in begun)), []) + argv
+            begun = sorted(Path(args.resume or args.out or ".").glob("*"), key=os.path.getmtime)[::-1]
+            argv = [*next(filter(None, (made_with(run).get("command") for run in begun)), []), *argv]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
