@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import evaluate
 
-LEFT_OUT = ("out", "resume", "data_dir", "device")
+LEFT_OUT = ("command", "out", "resume", "data_dir", "device")
 
 
 def main() -> str:
