@@ -186,7 +186,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
     names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
     state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
-    head, pool, h = state.head, pools[-1], None  # h: the EMA's [N,D]
+    head, pool, h = state.head, pools[-1], None  # h: [N,D]
     head.final, pace = pool.labelled, round(args.epochs / 30)
     head.monitor.cooldown, head.units.mature = pace, pace + 1
 
@@ -324,7 +324,7 @@ def check_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """Final figures and pictures."""
+    """Figures and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -494,7 +494,7 @@ def load(args) -> data.Dataset:
 
 
 def setup(args, argv: list[str]) -> tuple:
-    """Settings, data, checkpoint, earlier network, checked; a folder."""
+    """Settings, data, checkpoint, earlier network; a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
         given = args.model or args.image_size or args.known_classes
@@ -590,8 +590,9 @@ def main(argv: list[str] | None = None, **changes) -> int:
     try:
         args = make_parser().parse_args(argv)
         if args.resume is not None and not changes:
-            begun = sorted(Path(args.resume or args.out or ".").glob("*"), key=os.path.getmtime)[::-1]
-            argv = [*next(filter(None, (made_with(run).get("command") for run in begun)), []), *argv]
+            begun = sorted(Path(args.resume or args.out or ".").glob("*/args.json"), key=os.path.getmtime)
+            for run in begun[-1:]:  # the newest
+                argv = [*made_with(run.parent).get("command", []), *argv]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
