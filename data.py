@@ -396,7 +396,7 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
 def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]".
 
-    Unlabelled images stay out. Else ValueError.
+    Unlabelled images stay out. ValueError if absent.
     """
     source, _, text = spec.rpartition(":")
     if not text or source in ("", "folder"):
@@ -474,7 +474,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     now = Pool(nothing, nothing, learned, nothing, nothing, learned)
     for stage in stages:
         if stage.classes > there:
-            latest, there = there, stage.classes  # those from `latest` on came last
+            latest, there = there, stage.classes  # from `latest` on came last
         active = y < there
         if replay is not None and there > known:
             active &= (y >= latest) | (order < replay) | (y < 0)

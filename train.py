@@ -396,7 +396,7 @@ FLAGS = """
 --inject text: late: cifar100:wolf,tank
 --from path: run to start from
 --model text: cnn, vgg-small, vgg11, vgg16 or torchvision's
---epochs 1..: as many images as there are
+--epochs 1..: of as many images as there are
 --min-steps 1..: least an epoch
 --batch-size 2..: images a step
 --lr 1e-6..1e3: peak learning rate
@@ -407,7 +407,7 @@ FLAGS = """
 --device text=auto: cpu, cuda:1
 --embedding text=tsne: of embedding.png
 --out path: run folder; in runs/
---resume path: run, or runs, to go on with; --out's
+--resume path: run or runs to go on with; --out's
 """  # name, range or type=default: help
 
 
