@@ -59,7 +59,7 @@ def measured(function: Callable) -> Callable:
 
 @measured
 def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -> Tensor:
-    """What a network in eval mode makes of images uint8 or float [N,3,H,W]: float32, on their device.
+    """What a network in eval mode makes of images uint8 or float 0..1 [N,3,H,W]: float32, on their device.
 
     part: "h" (embeddings [N,D]), "z" (unit rows) or "logits" [N,C].
     ValueError for another part, dtype, shape or size.
@@ -68,8 +68,9 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
     if part not in PARTS:
         raise ValueError(f"part is one of {', '.join(PARTS)}, not {part!r}")
     fits = x.ndim == 4 and x.shape[1] == 3 and (size is None or x.shape[2:] == (size, size))
-    if not fits or x.dtype not in (torch.uint8, torch.float32):
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}, not uint8 or float [N, 3, {size or 'H, W'}]")
+    fits &= x.dtype == torch.uint8 or x.dtype == torch.float32 and bool(((x - 0.5).abs() < 1).all())
+    if not fits:
+        raise ValueError(f"x: {x.dtype} {list(x.shape)}, not uint8, float in 0..1 [N, 3, {size or 'H, W'}]")
     modes, out = [(module, module.training) for module in network.modules()], []
     try:
         network.eval()
@@ -227,7 +228,7 @@ def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: 
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
     given, leaked = ([part[among] for part in train] for among in (train[1] >= 0, budget))
-    kept = ("accuracy", "old_accuracy", "new_accuracy", "open_accuracy", "sparsity")
+    kept = "accuracy old_accuracy new_accuracy open_accuracy sparsity".split()
     return {key: last[key] for key in kept} | {
         "probe": linear_probe(*given, *test),
         "probe_leaked": linear_probe(*leaked, *test) if budget.any() else None,
@@ -261,7 +262,7 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
     """Semi-supervised k-means (arXiv 2201.02609) on h [N,D], normalised: clusters, int64 [N].
 
     Images that are `labelled` (bool [N]) stay in the cluster of their class y: 0, 1, ... in order. Other
-    centres start by k-means++. The tightest of five attempts counts.
+    centres start by k-means++. The tightest of five counts.
     """
     rows, (given, own), attempts = F.normalize(h, dim=1), y[labelled].unique(return_inverse=True), {}
     free, generator, known = rows[~labelled], torch.Generator().manual_seed(seed), len(given)
@@ -407,7 +408,7 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
     row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
-        line += f"{'-' if loss is None else f'{loss:.3f}':>8s}"
+        line += f"{'-' if loss is None else f' {loss:.3f}':>8s}"
     for key, width in dict(accuracy=10, old_accuracy=7, new_accuracy=7, open_accuracy=7, sparsity=8).items():
         line += f"{'-' if row[key] is None else f'{row[key]:.1%}':>{width}s}"
     minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
@@ -429,7 +430,7 @@ def describe(summary: dict, images: int, known: int) -> str:
 
 # ---- drawn: a run ----
 
-# Okabe & Ito's and Tol's, for colour-blind people.
+# Okabe & Ito's, Tol's: for the colour-blind.
 COLOURS = "#0072B2 #E69F00 #009E73 #D55E00 #56B4E9 #CC79A7 #999933 #332288 #882255 #44AA99".split()
 MARKERS, SHADES = "os^vDPX*<>", ("white", "#E8EEF5", "#F7EBD8", "#E4F1EA", "#F5E3EC")
 METHODS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
@@ -444,7 +445,7 @@ def attempt(draw, *args):
     try:
         draw(*args)
     except Exception as error:
-        picture = next((arg for arg in args if str(arg).endswith(".png")), draw.__name__)
+        picture = next(arg for arg in args if isinstance(arg, Path))
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         say_once(f"warning: {picture} could not be drawn ({cause})")
         return False
@@ -614,7 +615,7 @@ def draw_confusion(predicted, y, classes, path):
 
 
 def contact_sheet(path, rows, title):
-    """Rows of images: (label to the left, uint8 [n,3,H,W]), or also n captions below them."""
+    """Rows of images: (label, uint8 [n,3,H,W]), or also n captions below them."""
     labels, pictures, captions = zip(*((*row, ())[:3] for row in rows or [("none", ())]), strict=True)
     cell, tall = (0.85, 1.42) if any(captions) else (0.45, 1.06)  # inches; in cells
     across, tops = max(6, *map(len, pictures)), np.arange(len(labels)) * tall
@@ -643,9 +644,8 @@ def mistake_rows(x, predicted, confidence, y, classes):
     order = confidence.argsort(descending=True)
     wrong = order[(predicted != y)[order]][:48]
     told = zip(*(values[wrong].tolist() for values in (predicted, confidence, y)), strict=True)
-    captions = [
-        f"{shown(classes[p], 12)} {100 * sure:.0f} %\nis {shown(classes[c], 12)}" for p, sure, c in told
-    ]
+    names = [shown(name, 12) for name in classes]
+    captions = [f"{names[p]} {100 * sure:.0f} %\nis {names[c]}" for p, sure, c in told]
     return in_lines("surest\nfirst", x[wrong], captions)
 
 
@@ -691,7 +691,7 @@ def read_runs(path):
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a finished run ({' '.join(str(error).split())})") from None
     if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
-        raise ValueError(f"{path}: not a run or table of runs ({', '.join(sorted(NEEDED))}, labels_used)")
+        raise ValueError(f"{path}: not a run or table of runs")
     return runs
 
 
@@ -747,11 +747,11 @@ def comparison_table(result):
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
             heads = (key.replace("semi_kmeans", "semi").replace("_per_", "/")[:13] for key in block)
-            lines += ["", f"{'':{width}}runs" + "".join(f"{head:>14}" for head in heads)]
+            lines += ["", f"{'':{width}}runs" + "".join(f" {head:>14}" for head in heads)]
             for name, row in result.items():
                 cells = [[told(key, value) for value in spread(row[key])] for key in block]
                 cells = [mean + f" ± {std}" * (std != "-") for mean, std in cells]
-                lines.append(f"{name:{width}}{row['runs']:4d}" + "".join(f"{cell:>14}" for cell in cells))
+                lines.append(f"{name:{width}}{row['runs']:4d}" + "".join(f" {cell:>14}" for cell in cells))
     return "\n".join(lines[1:])
 
 
@@ -795,7 +795,7 @@ def predict(source, paths, table):
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
     taken = {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}
-    if taken or sheet.exists() > table.exists():
+    if taken or sheet.exists() != table.exists():
         raise ValueError(f"{table} or {sheet} would be replaced; use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
@@ -848,7 +848,7 @@ def name_units(path, pairs):
     if checkpoint["answering"]:
         checkpoint["answering"]["unnamed"] = found
     data.write_atomically(path, functools.partial(torch.save, checkpoint))
-    lines += ["if it still trains, it forgets this"] * (not Path(path).with_name("summary.json").exists())
+    lines += ["if it still trains, it forgets this"] * (not path.with_name("summary.json").exists())
     return "\n".join(lines)
 
 
@@ -862,8 +862,8 @@ def act(args):
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"{out} is a folder, or its folder is not there")
-    if out.stem in ("args", "checkpoint", "events", "log", "summary"):
-        raise ValueError(f"{out} is a run's; use another name")
+    if out.stem in ("args", "checkpoint", "events", "log", "summary") or args.compact and out.exists():
+        raise ValueError(f"{out} is there, or a run's; use another name")
     source = run / "checkpoint.pt" if run.is_dir() else run
     if args.compact:
         return write_compact(source, out)
@@ -887,8 +887,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser()
     parser.error, add = fail, parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="runs, folders, tables (FILE.csv)")
-    add("--predict", nargs="+", metavar="PATH", help="answer for images or folders")
-    add("--name", action="append", metavar="UNIT=NAME", help="name a unit: 8=wolf")
+    add("--predict", nargs="+", metavar="PATH", help="answer for images, folders")
+    add("--name", action="append", metavar="UNIT=NAME", help="as 8=wolf")
     add("--compact", metavar="FILE", help="the network without dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
     for stream in sys.stdout, sys.stderr:

@@ -301,10 +301,12 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
+            claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
+            if last and named.any():  # training raises claims
+                limit = min(limit, claims[named].quantile(0.05).item())
             state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
             state.answering["h"] = near_h.half()
             if args.curriculum == "gradual":
-                claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
                 parts = guess == test_y, named, named | (test_y < stage.classes)
                 row |= evaluate.open_set(claims, limit, torch.isin(unit, unit.new_tensor(unnamed)), *parts)
         if h is not None and hidden.any():
@@ -347,8 +349,6 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
-        # Training raises claims. Half test.
-        told["limit"] = min(told["limit"], grow_prune.claim(test_h[named], *memory).quantile(0.05).item())
         fit, held = named[::2], named[1::2]
         target = logits.masked_fill(head.answered(taught) != test_y[:, None], -math.inf).argmax(1)
         told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
@@ -479,7 +479,7 @@ def load(args) -> data.Dataset:
     y, n, whole = dataset.train_y, len(order), args.late or args.dataset.startswith("folder:")
     known = len(first) if whole else curriculum.default_known(len(own))
     args.known_classes = args.known_classes or len(taught) or known
-    if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
+    if not 0 < args.known_classes <= n or args.never_named > n - max(2, len(taught)):
         raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
