@@ -382,32 +382,32 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
 # ---- command line ----
 
 FLAGS = """
---curriculum text=gradual: what is taught when, or all
+--curriculum =gradual: what is taught when, or all
 --label-budget 0.0..1.0: share of labels that leaks; 0.1, 1 beside unlabelled
 --known-classes 1..: at the start; 7 of 10, of a folder all
---late text: NAME,NAME: come late
+--late NAMES: classes that come late
 --never-named 0..=0: last classes without label
 --class-order 0..=0: seed of order
 --replay 1..: images kept of old classes; all
---dataset text=auto: digits, mnist, cifar10, cifar100, folder:PATH
---data-dir path=data: of data sets
+--dataset NAME=auto: digits, mnist, cifar10, cifar100, folder:PATH
+--data-dir PATH=data: of data sets
 --image-size 8..224: a multiple of 8
 --per-class 1..: images of a class; all
---inject text: late: cifar100:wolf,tank
---from path: run to start from
---model text: cnn, vgg-small, vgg11, vgg16 or torchvision's
+--inject NAMES: late classes, as cifar100:wolf,tank
+--from RUN: to start from
+--model NAME: cnn, vgg-small, vgg11, vgg16 or torchvision's
 --epochs 1..: of as many images as there are
 --min-steps 1..: least an epoch
 --batch-size 2..: images a step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
---seed 0..=0: of all else
+--seed 0..=0: of the rest
 --seeds 1..=1: runs, from --seed, --class-order on
---device text=auto: cpu, cuda:1
---embedding text=tsne: of embedding.png
---out path: run folder; in runs/
---resume path: run or runs to go on with; --out's
+--device NAME=auto: cpu, cuda:1
+--embedding =tsne: of embedding.png
+--out PATH: run folder; in runs/
+--resume RUN: run or runs to go on with; --out's
 """  # name, range or type=default: help
 
 
@@ -432,14 +432,15 @@ def make_parser() -> ArgumentParser:
         raise ValueError(message.removeprefix("argument "))
 
     parser = ArgumentParser(epilog=f"Defaults: {curriculum.DEFAULTS}", allow_abbrev=False)
-    parser.error, types = error, {"path": os.path.expanduser, "text": str}
+    parser.error = error
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": evaluate.METHODS}, "--resume": {"nargs": "?", "const": ""}}
     parser.add_argument("--validate", action="store_true", help="test on a tenth of the training set")
     for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
         flag, kind = flag.split()
         kind, _, default = kind.partition("=")
-        options = {"type": types.get(kind) or within(kind), "default": default or None} | more.get(flag, {})
+        options = {"type": within(kind) if ".." in kind else os.path.expanduser, "metavar": kind or None}
+        options |= {"default": default or None} | more.get(flag, {})
         parser.add_argument(flag, help=text, **options)
     return parser
 
