@@ -1,4 +1,4 @@
-"""What is taught when: six curricula, pure functions of progress from 0 (first epoch) to 1 (last).
+"""What is taught when: six curricula, pure functions of progress from 0 (first epoch) to 1 (last epoch).
 
     gradual      7 of 10 classes without labels; labels leak in, then the other classes come one by one
     self         all classes, no labels at all
@@ -10,7 +10,7 @@
     plan = stage("gradual", epoch=12, epochs=30, num_classes=10)
     plan.classes, plan.named, plan.label_fraction, plan.mix, plan.sparsity
 
-`python curriculum.py` prints the schedules.
+`python curriculum.py` prints the six schedules as tables.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def stage(
     ):
         if not low <= value <= high:
             raise ValueError(f"{label} must be in {low}..{high}, not {value}")
-    return CURRICULA[name]((epoch + (epochs == 1)) / max(epochs - 1, 1), num_classes, known, budget, sparsity)
+    return CURRICULA[name](epoch / max(epochs - 1, 1), num_classes, known, budget, sparsity)
 
 
 def going_on(stages: list[Stage]) -> list[Stage]:

@@ -91,7 +91,6 @@ def rejects(words, function, *args):
 
 
 def add(path, height=32, width=32):
-    """A picture of random pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(randint(256, (int(height), int(width), 3)).byte().numpy()).save(path)
 
@@ -1499,6 +1498,7 @@ list --out a --name 2=blue | --name and --out: one
 big.csv | field larger
 some/three --compact small.pt | checkpoint.pt
 list --out log.csv | a run's
+list --compact runs.csv | is there
 list --nme | unrecognized"""
 
 

@@ -171,13 +171,13 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 
 
 def train(args, dataset, saved: dict | None, earlier) -> None:
-    """Train from the start, an earlier network, or a saved checkpoint."""
+    """Train from the start, an earlier run or a checkpoint."""
     x, y, classes, device = dataset.train_x, dataset.train_y, dataset.classes, dataset.train_x.device
     size = min(args.batch_size, max(2, len(y)))
     steps = max(math.ceil(len(y) / size), args.min_steps)
     known, most = args.known_classes, len(classes) - args.never_named
-    options = (args.epochs, len(classes), known, args.label_budget, args.prune)
-    stages = [curriculum.stage(args.curriculum, epoch, *options) for epoch in range(args.epochs)]
+    options = (max(args.epochs, 2), len(classes), known, args.label_budget, args.prune)
+    stages = [curriculum.stage(args.curriculum, e, *options) for e in range(options[0])][-args.epochs :]
     stages = curriculum.going_on(stages) if args.taught else stages
     least = int(y.min()) + 1  # the first may lack images
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
@@ -395,7 +395,7 @@ FLAGS = """
 --per-class 1..: images of a class; all
 --inject NAMES: late classes, as cifar100:wolf,tank
 --from RUN: to start from
---model NAME: cnn, vgg-small, vgg11, vgg16 or torchvision's
+--model NAME: cnn, vgg-small, vgg11, vgg16, torchvision's
 --epochs 1..: of as many images as there are
 --min-steps 1..: least an epoch
 --batch-size 2..: images a step
@@ -407,7 +407,7 @@ FLAGS = """
 --device NAME=auto: cpu, cuda:1
 --embedding =tsne: of embedding.png
 --out PATH: run folder; in runs/
---resume RUN: run or runs to go on with; --out's
+--resume RUN: run(s) to go on with; --out's
 """  # name, range or type=default: help
 
 
@@ -435,7 +435,7 @@ def make_parser() -> ArgumentParser:
     parser.error = error
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": evaluate.METHODS}, "--resume": {"nargs": "?", "const": ""}}
-    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training set")
+    parser.add_argument("--validate", action="store_true", help="test on a tenth of training images")
     for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
         flag, kind = flag.split()
         kind, _, default = kind.partition("=")
