@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 # The gradual curriculum: when things happen, in progress 0..1.
 LEAK = (0.06, 0.26)  # labels of named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join: of the first and of the last one
-NAMING = 0.10  # the first labels of a late class come so much later, so that it can be discovered
+NAMING = 0.10  # a late class gets its first labels this much after its images: time to be found
 LABELLED_SHARE = (0.5, 0.2)  # share of each batch drawn from labelled images, at first and last
 CROP = (0.2, 0.5)  # smallest part of an image in a view, at first and last
-SETTLING = (0.40, 0.60)  # both change in it; by then the labels have spread
+SETTLING = (0.40, 0.60)  # LABELLED_SHARE and CROP change in this interval, once labels have spread
 PRUNE = (0.30, 0.85)  # weights are pruned in this interval, along a cubic
 
 CIFAR = dict(model="vgg16", epochs=100, batch_size=128, lr=0.06, min_steps=1, image_size=32)
@@ -37,7 +37,7 @@ DEFAULTS = {
 
 
 def defaults(dataset: str) -> dict:
-    """The settings with which a data set is trained, unless others are given."""
+    """The default settings of train.py for a data set."""
     return DEFAULTS.get(dataset.partition(":")[0], CIFAR)
 
 
@@ -162,7 +162,7 @@ def stage(
 ) -> Stage:
     """The Stage of an epoch (0..epochs-1) of the curriculum `name`.
 
-    num_classes: number of classes; known: of classes at the start, by default 7 of 10; budget: the largest
+    num_classes: number of classes; known: those at the start (None: 7 of 10); budget: the largest
     fraction of labels, 0..1; sparsity: fraction pruned in the end, 0..1. Raises ValueError for other values.
     """
     if name not in CURRICULA:

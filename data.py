@@ -62,8 +62,8 @@ class Dataset:
 def load_dataset(name: str, root="data", download=True, image_size: int = 32, least: int = 2) -> Dataset:
     """Load "digits", "mnist", "cifar10", "cifar100" or "folder:PATH" as images of image_size x image_size.
 
-    The torchvision sets are in the folder `root`, to which `download` fetches them. least: of classes in a
-    folder. ValueError or OSError.
+    torchvision's sets are in `root`, or fetched if `download`. least: fewest classes of a folder.
+    ValueError or OSError.
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in ARCHIVES and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
@@ -457,8 +457,8 @@ class Pool:
     active: Tensor
     labelled: Tensor
     taught: Tensor  # the classes that have a label
-    arrived: Tensor
-    labelled_before: Tensor  # of those that are there now
+    arrived: Tensor  # new in it
+    labelled_before: Tensor  # an epoch ago and active now
     taught_before: Tensor
 
 
@@ -466,7 +466,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
     """The Pool of each epoch, by its Stage (of curriculum.py); the labels y int64 [N] leak in `order`.
 
     Images without a label are always there. classes: in all; known: at the start; replay: images kept
-    of a class when later ones come (None: all); taught: bool [C], before.
+    of a class when later ones come (None: all); taught: bool [C], earlier.
     """
     nothing, result, latest = y < -1, [], 0
     learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
@@ -499,7 +499,7 @@ def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_share: float, generator):
-    """The batches of one epoch: `steps` tensors of indices, int64 [size], where `active` (bool [N]) is.
+    """The batches of an epoch: `steps` tensors of indices, int64 [size], of `active` (bool [N]) images.
 
     `labelled_share` of each batch is drawn from the `labelled` images, if any, the rest from active ones.
     generator: on the CPU.

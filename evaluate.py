@@ -35,7 +35,7 @@ PARTS = ("h", "z", "logits")  # of what a network returns
 def measured(function: Callable) -> Callable:
     """Compute in float32 without autocast, gradients and inference mode.
 
-    ValueError names an argument of no or other rows (train_*, test_* apart), with NaN, or train_y < 0.
+    ValueError: no rows, unequal numbers of rows (train_*, test_* may differ), NaN, or train_y < 0.
     """
 
     @functools.wraps(function)
@@ -160,14 +160,14 @@ def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float
     """k-means on unit embeddings h [N,D], a cluster for each class in y [N]; accuracy: of the best match."""
     from sklearn import cluster, metrics
 
-    unit, y = F.normalize(h, dim=1).cpu().numpy(), y.cpu()
-    found = cluster.KMeans(len(y.unique()), n_init=10, random_state=seed).fit_predict(unit)
+    rows, y = F.normalize(h, dim=1).cpu().numpy(), y.cpu()
+    found = cluster.KMeans(len(y.unique()), n_init=10, random_state=seed).fit_predict(rows)
     chosen = np.random.default_rng(seed).permutation(len(y))[:sample]
     several = 1 < len(np.unique(found[chosen])) < len(chosen)
     return {
         "ari": metrics.adjusted_rand_score(y, found),
         "nmi": float(metrics.normalized_mutual_info_score(y, found)),
-        "silhouette": float(metrics.silhouette_score(unit[chosen], found[chosen])) if several else 0.0,
+        "silhouette": float(metrics.silhouette_score(rows[chosen], found[chosen])) if several else 0.0,
         "accuracy": matched(torch.from_numpy(found), y).double().mean().item(),
     }
 
@@ -200,9 +200,9 @@ def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str,
 
 @measured
 def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
-    """How test images of nameless classes are told, by claims [T] below the limit.
+    """How well images of nameless classes are recognised, by claims [T] below the limit.
 
-    bool [T]: the head prefers an unnamed unit; its class is right; the true class is named, is in the pool.
+    bool [T]: unnamed: the best unit is; right: the class is; named, present: the true class is (in the pool).
     """
     unknown, known = (claims < limit) | unnamed, named[present]
     return {
@@ -221,7 +221,7 @@ def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: T
 
 
 def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
-    """Figures for summary.json from (h [N,D], y [N], -1: none) of training and test images.
+    """Metrics for summary.json from (h [N,D], y [N], -1: none) of training and test images.
 
     budget: bool [N], training labels that may leak; rows: of log.csv; known: the old classes.
     """
@@ -384,11 +384,11 @@ BLOCKS = (  # of summary.json, as compared
     "concepts concepts_true gcd_all gcd_old gcd_new".split()
     + [f"gcd_semi_kmeans_{part}" for part in ("all", "old", "new")],
 )
-FIGURES = sum(BLOCKS, [])
+METRICS = sum(BLOCKS, [])
 
 
 def told(key, value):
-    """A figure as text."""
+    """A metric as text."""
     if value is None or value != value:
         return "-"
     if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
@@ -422,8 +422,8 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 
 
 def describe(summary: dict, images: int, known: int) -> str:
-    """A run's figures as text."""
-    keys = [key for key in FIGURES if key in summary and (summary[key] is not None or "gcd" not in key)]
+    """A run's metrics as text."""
+    keys = [key for key in METRICS if key in summary and (summary[key] is not None or "gcd" not in key)]
     lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
 
@@ -716,7 +716,7 @@ def compare(paths):
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
-        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in FIGURES})
+        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in METRICS})
         groups.setdefault(key, []).append((args, summary))
     settings = [*map(json.loads, groups)]
     for setting, runs in zip(settings, groups.values(), strict=True):
@@ -730,7 +730,7 @@ def compare(paths):
         name += f" ({len(result) + 1})" if name in result else ""
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
             say_once(f"{name}: {len(runs)} runs repeat a seed: of other code?")
-        figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in FIGURES}
+        figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in METRICS}
         result[name] = {"runs": len(runs)} | figures
     return result
 

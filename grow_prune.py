@@ -1,9 +1,9 @@
 """A head that discovers, names, remembers and recycles its units, in a network that is pruned while it grows.
 
-    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels around it?
-    group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # unclaimed and alike: a kind
-    unit, how = units.allocate(head, optimizer, UNNAMED)    # for it: recycled or new
-    imprint(head, unit, h, others)    # apart from the others
+    claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels nearby?
+    group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # similar images without labels
+    unit, how = units.allocate(head, optimizer, UNNAMED)    # recycled or new
+    imprint(head, unit, h, others)    # point it at them
     masks = prune_smallest(encoder, 0.8)    # and apply_masks after every step
 
 Sources: imprinting (arXiv 1712.07136); Fisher's discriminant (1936); pruning (arXiv 1710.01878, 1608.08710);
@@ -23,8 +23,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # columns of events.csv
-UNNAMED, FREE = -1, -2  # owners of a unit without a class: a nameless concept; nobody
-UNKNOWN = -3  # vote of an image like no name or unit
+UNNAMED, FREE = -1, -2  # owners without a class: a kind without a name; nothing
+UNKNOWN = -3  # vote of an image that no unit explains
 
 
 def outside_autocast(function: Callable) -> Callable:
@@ -119,8 +119,8 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
 
     Its row becomes normalize(mean(normalize(h))), of the mean length of the others. Given others [m,D], of
     other classes, it turns to where its class differs from them (`discriminant`), and the bias keeps the mean
-    logit of h, or is lowered until the unit wins at most the share `tolerance` of the others (one more at a
-    tie) from its rivals (bool [U], None: all). Needs a bias for that. Raises ValueError before any change.
+    logit of h, or is lowered until the unit wins at most the share `tolerance` of the others from its
+    rivals (bool [U], None: all). Without a bias, others are ignored. Raises ValueError before any change.
     """
     inner = linear_of(head)
     weight, bias = inner.weight, inner.bias  # (U, D), (U)
@@ -175,7 +175,7 @@ class Units:
     owner: the class of each unit, or UNNAMED, or FREE
     given: names that a person gave to units
     utility [U]: running mean (0.99) of a unit's probability
-    age: looks since a unit got its owner; below `mature` it is not redundant, nor merged
+    age: epochs since a unit got its owner; below `mature` it is not redundant, nor merged
     """
 
     def __init__(self, owner: Sequence[int], mature=3, device="cpu"):
@@ -228,26 +228,26 @@ class Units:
 
 
 class ConfusionMonitor:
-    """Finds a kind without a unit: unclaimed images, look after look, that resemble each other.
+    """Finds a kind without a unit: images that stay unclaimed for epochs and resemble each other.
 
-    n: number of images; at_least: share of a class's images that makes a kind (at least 20); patience: looks
-    in a row without a claim; cooldown: looks after a find; chance: largest probability that labels avoid a
-    named kind so well, 20 times that until `settled`
+    n: number of images; at_least: share of a class's images that makes a kind (20 or more); patience: epochs
+    in a row without a claim; cooldown: epochs after a find; chance: largest probability of so few labels if
+    the kind were named, 20 times that until `settled`
     """
 
     def __init__(self, n: int, at_least=0.2, patience=2, cooldown=2, chance=0.0002, device="cpu"):
         self.at_least, self.patience, self.cooldown, self.chance = at_least, patience, cooldown, chance
-        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # looks without a claim
+        self.streak = torch.zeros(n, dtype=torch.long, device=device)  # epochs without a claim
         self.concept = torch.full((n,), -1, device=device)  # the unnamed unit of an image
         self.cooldown_left, self.settled = 0, False
 
     @outside_autocast
     def find_concept(self, index: Tensor, claims, limit: float, h, known_h, known_y) -> Tensor | None:
-        """The places in `index` int64 [W] of images that are a kind without a unit, or None; once an epoch.
+        """Places in `index` int64 [W] of the images of one kind without a unit, or None; once an epoch.
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
-        known_y [L]: labelled images, whose spread says how near images of a kind are. Of all images like a
-        new kind at most two thirds of the usual share are labelled, and fewer than chance explains.
+        known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is new if, of
+        all images like it, at most 2/3 of the usual share are labelled, and fewer than chance explains.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
@@ -255,10 +255,10 @@ class ConfusionMonitor:
         if self.cooldown_left or not len(known_y):
             return None
         # Two of a class have about the cosine reach**2.
-        unit, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
+        h, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
-        named = len(known) + ((unit @ classes.T).amax(1) > reach**2).sum()
+        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
@@ -267,17 +267,17 @@ class ConfusionMonitor:
             return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
 
         while len(again) >= at_least:
-            rows = unit[again]
+            rows = h[again]
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
             if similar.max() < at_least:
                 break
             alike = rows @ rows[similar.argmax()] > reach**2  # (A)
             inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
             centre = F.normalize(rows[inside].mean(0), dim=0)
-            near, found = around(unit, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
+            near, found = around(h, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
             group, expected = again[near[again]], (near.sum() + found) * len(known) / named
             by_chance = torch.special.gammaincc(found + 1.0, expected)  # Poisson: `found` or fewer
-            group = group[unit[group] @ centre > reach]  # (G)
+            group = group[h[group] @ centre > reach]  # (G)
             if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
                 self.cooldown_left = self.cooldown + 1
                 return group
@@ -296,7 +296,7 @@ def kernels(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float):
 
 @outside_autocast
 def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
-    """How far names around an image claim it: float32 [n], 0 without any, about 1 amid a named class.
+    """How far labels around an image claim it: float32 [n], 0 without any, about 1 in a labelled class.
 
     The density of named images over that of all, by the kernel exp(cosine / temperature), relative to their
     share. h [n,D]: embeddings; pool_h [M,D]: to compare with, `named` (bool [M]) or not. NaN if none is.
@@ -323,10 +323,10 @@ def resemblance(h: Tensor, y: Tensor) -> float:
 
     h [L,D]: embeddings; y int64 [L]: classes. 1, which nothing reaches, if no class has two.
     """
-    unit = F.normalize(h.float(), dim=1)
+    h = F.normalize(h.float(), dim=1)
     count = y.bincount()  # (classes)
-    others = sums(unit, y, len(count))[y] - unit  # (L, D)
-    cosine = (unit * F.normalize(others, dim=1)).sum(1)[count[y] > 1]
+    others = sums(h, y, len(count))[y] - h  # (L, D)
+    cosine = (h * F.normalize(others, dim=1)).sum(1)[count[y] > 1]
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
@@ -345,10 +345,10 @@ def two_means(h: Tensor) -> tuple[float, Tensor]:
     """Split embeddings h [n,D] by k-means: the separation of the halves; the smaller one, bool [n]."""
     from sklearn.cluster import KMeans
 
-    unit = F.normalize(h.float(), dim=1)
-    half = KMeans(2, n_init=3, random_state=0).fit_predict(unit.cpu().numpy())
+    h = F.normalize(h.float(), dim=1)
+    half = KMeans(2, n_init=3, random_state=0).fit_predict(h.cpu().numpy())
     second = torch.from_numpy(half == (half.mean() <= 0.5)).to(h.device)
-    return separation(unit[second], unit[~second]), second
+    return separation(h[second], h[~second]), second
 
 
 # ---- the life of a head ----
@@ -425,9 +425,9 @@ class HeadManager:
     def discover(self, pool, h: Tensor) -> Tensor:
         """Give each kind that no label claims, epoch after epoch, a unit without a name; review these units.
 
-        While labels leak, a unit is provisional: its images teach no name, and then all is asked afresh.
-        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: unnamed unit to vote for, or -1; UNKNOWN until
-        these are old.
+        While labels leak, units are provisional: no image is trained towards them. Then the search restarts.
+        h: unit embeddings [N,D] by the EMA. Returns int64 [N]: the unnamed unit an image votes for, UNKNOWN
+        (until these units are old), or -1.
         """
         votes, h = torch.full_like(self.y, -1), h.float()
         if not (pool.labelled_before & pool.active).any():
@@ -480,8 +480,8 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge mature unnamed units of one kind, and split one that holds two.
 
-        Usual is the `separation` of the halves of the median known class. Two units nearer than 1.25 times
-        that are one; one with halves more than 1.35 times that apart is two.
+        usual: the median `separation` of the halves of a known class. Units less than 1.25 times that apart
+        are merged; a unit whose halves are more than 1.35 times that apart is split.
         claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
@@ -498,9 +498,9 @@ class HeadManager:
                 self.units.owner[gone] = FREE
         for unit in sorted({*self.units.unnamed()} - {*self.given}):
             index = (concept == unit).nonzero()[:, 0]  # (n)
-            halves, second = two_means(h[index])  # bool (n)
-            if halves > 1.35 * usual and second.sum() >= 20:
-                age[unit] = 0  # not for its own half
+            gap, second = two_means(h[index])  # bool (n)
+            if gap > 1.35 * usual and second.sum() >= 20:
+                age[unit] = 0  # not recycled for its half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
                 self.log_unit("split", new, index[second])
@@ -530,7 +530,7 @@ class HeadManager:
         return unit, how
 
     def imprint_ema(self, pool, unit: int, index: Tensor) -> None:
-        """Imprint the EMA's unit apart from other classes; its lower bias would hold a learner back."""
+        """Imprint the EMA's unit away from other classes; in the network, a low bias would slow learning."""
         others = (pool.labelled_before & (self.y != self.units.owner[unit])).nonzero()[:, 0]
         order = torch.randperm(len(others), generator=torch.Generator().manual_seed(self.seed))[:1000]
         other_h = self.embed(self.ema, others[order.to(others.device)]) if len(others) else None  # (m, D)
@@ -542,8 +542,8 @@ class HeadManager:
     def name_class(self, pool, c: int, votes: Tensor, h: Tensor | None) -> None:
         """Give class c, whose first labels are here, a unit; votes int64 [N]: from `discover`, changed.
 
-        The unnamed unit whose centre is nearest to more than half of its labelled images; else its own or a
-        new one. h: as in `discover`, or None.
+        The unnamed unit whose centre is nearest to more than half of its labelled images ("purity"); else its
+        own or a new one. h: as in `discover`, or None.
         """
         units, concept, labels = self.units, self.monitor.concept, pool.labelled & (self.y == c)
         index, own = labels.nonzero()[:, 0], units.owner.index(c) if c in units.owner else None  # (n)

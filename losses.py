@@ -24,7 +24,7 @@ CHUNK_BYTES = 64 << 20  # of similarities; no search builds an [N, N] matrix
 def check(**arguments) -> None:
     """ValueError for a wrong argument: check(z=(z, "B D float"), index=(index, "B int64"), temperature=0.5).
 
-    Equal letters are equal sizes above 0, as are numbers. No tensor's value is read: a GPU would wait.
+    Equal letters are equal sizes. Sizes and numbers are above 0. No tensor is read: a GPU would wait.
     """
     sizes = {}
     for name, value in arguments.items():
@@ -55,7 +55,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def chunks(n: int, columns: int) -> list[slice]:
-    """Slices of 0..n of which each, times `columns` of float32, stays under CHUNK_BYTES."""
+    """Slices of 0..n; a float32 [slice,columns] stays under CHUNK_BYTES."""
     size = max(1, CHUNK_BYTES // (4 * columns))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -161,7 +161,7 @@ def kmeans(
         centres = torch.where(count > 0, total / count.clamp(min=1), centres)
         if (n := len(centres)) > k:
             near = [(1 / torch.cdist(centres[p], centres)).tril(p.start - 1).amax(1) for p in chunks(n, n)]
-            cost = count[:, 0] / torch.cat(near).square()
+            cost = count[:, 0] / torch.cat(near).square()  # count distance**2
             centres = centres[cost.topk(max(k, n // 2)).indices]
     return nearest_centre(x, centres), centres
 
@@ -178,7 +178,7 @@ def clusterings(
 
 
 def searched(n: int) -> tuple[int, int]:
-    """k (twice the paper's share) and `every` for `neighbours` in n rows: a step looks at 12,000 at most."""
+    """k and `every` of `neighbours` for n rows: at most 12,000 a step, of them twice the paper's share."""
     every = math.ceil(n / 12_000)
     return max(16, round(0.0064 * n / every)), every
 
@@ -237,12 +237,12 @@ def local_aggregation(
     check(index=(index, "B int64"), background=(near, "B k int64"), similarity=(similarity, "B k float"))
     there = near >= 0
     own = take(clusters.T, index)[:, None]  # (B, 1, H)
-    close = ((clusters.T[near.clamp(min=0)] == own) & (own >= 0)).any(2) & there
-    close[:, 0] |= there[:, 0] & ~close.any(1)
+    both = ((clusters.T[near.clamp(min=0)] == own) & (own >= 0)).any(2) & there
+    both[:, 0] |= there[:, 0] & ~both.any(1)
     similarity = similarity.float() / temperature
     # Not -inf: its gradient is not a number in a row without neighbours.
     total = similarity.masked_fill(~there, -1e4).logsumexp(1)
-    agree = similarity.masked_fill(~close, -1e4).logsumexp(1)
+    agree = similarity.masked_fill(~both, -1e4).logsumexp(1)
     return reduce(total - agree, reduction)
 
 

@@ -6,7 +6,7 @@
     network = load("RUN")                           # what a run has learned
     torch.save(pack(compact(network)), "small.pt")  # without its dead filters; load reads this too
 
-Images are normalised.
+It normalises the images.
 """
 
 import copy
@@ -68,7 +68,7 @@ class CosineHead(nn.Linear):
 
 
 class Network(nn.Module):
-    """Images [B,3,H,W], normalised -> encoder [B,dim] -> projector [B,projection] and head [B,C].
+    """Images [B,3,H,W] -> normalise -> encoder [B,dim] -> projector [B,projection], head [B,C].
 
     spec, image_size: see `build`; names: of the units; answering: what tells unknown images.
     """
@@ -248,7 +248,7 @@ def adapt_stem(encoder: nn.Module, size: int) -> None:
 def configure_optimizer(network: Network, lr: float, weight_decay: float = 5e-4) -> SGD:
     """SGD with Nesterov momentum. Weights of layers decay; biases, norms, embeddings and the head do not.
 
-    On a GPU the rate is a tensor, which a captured step sees change, and SGD is fused: else it would wait.
+    On a GPU the rate is a tensor, so a captured step sees it change; fused SGD reads it without waiting.
     """
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     modules = [m for m in network.modules() if isinstance(m, layers) and m is not network.head]

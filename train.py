@@ -48,7 +48,7 @@ class State:
     """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network of `units` units, or an earlier one, and its training."""
+        """A new network of `units` units, or the earlier one."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
@@ -102,7 +102,7 @@ class Targets:
 
 
 def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generator) -> Targets:
-    """Cluster the memory bank; images that vote for a unit decide about the others.
+    """Cluster the memory bank; propagate the votes to all active images.
 
     votes: int64 [N], a unit, UNKNOWN or -1; h: the EMA's embeddings, unit rows [N,D], or None; align:
     scale the votes to the classes' shares of the labels.
@@ -110,7 +110,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])
     if mix["aggregation"]:
-        k = max(2, round(len(members) / 42))
+        k = max(2, round(len(members) / 42))  # the paper's
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
         unknown = len(units.owner)
@@ -143,15 +143,15 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
     if mix["ntxent"]:
         pseudo = targets.pseudo[index]  # (B)
-        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # no negatives
+        kind = torch.where(pseudo >= 0, len(active) + pseudo, index)  # not negatives
         terms["ntxent"] = losses.nt_xent(z1, z2, kind=kind)
     if mix["aggregation"]:
         terms["aggregation"] = losses.local_aggregation(z, index2, bank, targets.clusters, near)
     if mix["propagation"]:
         group, onehot = targets.pseudo[None], losses.one_hot(targets.pseudo[index2], len(in_use))  # (2B, U)
         together = losses.local_aggregation(z, index2, bank, group, near, reduction="none")  # (2B)
-        alone = losses.supervised(logits, onehot, in_use, reduction="none")  # (2B)
-        terms["propagation"] = losses.propagation(together, alone, targets.confidence[index2])
+        named = losses.supervised(logits, onehot, in_use, reduction="none")  # (2B)
+        terms["propagation"] = losses.propagation(together, named, targets.confidence[index2])
     if mix["supervised"]:
         onehot = losses.one_hot(targets.label[index2], len(in_use))  # (2B, U)
         terms["supervised"] = losses.supervised(logits, onehot, in_use)
@@ -179,7 +179,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     options = (max(args.epochs, 2), len(classes), known, args.label_budget, args.prune)
     stages = [curriculum.stage(args.curriculum, e, *options) for e in range(options[0])][-args.epochs :]
     stages = curriculum.going_on(stages) if args.taught else stages
-    least = int(y.min()) + 1  # the first may lack images
+    least = int(y.min()) + 1  # the pool needs an image
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
@@ -210,7 +210,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
         + ", all there are" * (size >= len(y)),
     ]
-    notes += ["a class lacks labels: nothing is propagated or unknown"] * head.lacks_labels(pool)
+    notes += ["a class lacks labels: no propagation, no unknown"] * head.lacks_labels(pool)
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
@@ -277,12 +277,12 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         save()
         news = [e for e in head.events if e["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, news), flush=True)
-    model.set_learning_rate(state.optimizer, 0.0)  # resumed, too
+    model.set_learning_rate(state.optimizer, 0.0)  # the same if resumed
     finish(args, state, dataset, stages, pools, leak, save)
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, from some test images, at last all; sets state.answering."""
+    """A row of log.csv, on a test sample, at last on all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     unnamed, hidden = head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = dict(epoch=head.epoch, stage=stage.name, classes=stage.classes, labels=labels)
@@ -302,7 +302,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
             claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
-            if last and named.any():  # training raises claims
+            if last and named.any():  # trained images claim more
                 limit = min(limit, claims[named].quantile(0.05).item())
             state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
             state.answering["h"] = near_h.half()
@@ -326,7 +326,7 @@ def check_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """Figures and pictures."""
+    """Write summary.json and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -375,7 +375,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
     if unnamed := [u for u in unnamed if u not in head.given and (unit == u).any()]:
         count = sum((unit == u).sum() for u in unnamed)
-        print(f"Units {unnamed} have no name, for {count:,} images. Look at {out}/concepts.png, then:")
+        print(f"Units {unnamed} ({count:,} images) have no name. Look at {out}/concepts.png, then:")
         print(f"python evaluate.py {shlex.quote(args.out)} --name {unnamed[0]}=NAME")
 
 
@@ -383,31 +383,31 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
 
 FLAGS = """
 --curriculum =gradual: what is taught when, or all
---label-budget 0.0..1.0: share of labels that leaks; 0.1, 1 beside unlabelled
---known-classes 1..: at the start; 7 of 10, of a folder all
+--label-budget 0.0..1.0: share of labels that leak in; 0.1, or 1 with unlabelled/
+--known-classes 1..: classes at the start; 7 of 10, all of a folder
 --late NAMES: classes that come late
---never-named 0..=0: last classes without label
---class-order 0..=0: seed of order
+--never-named 0..=0: last classes that get no labels
+--class-order 0..=0: seed of class order
 --replay 1..: images kept of old classes; all
 --dataset NAME=auto: digits, mnist, cifar10, cifar100, folder:PATH
---data-dir PATH=data: of data sets
+--data-dir PATH=data: data folder
 --image-size 8..224: a multiple of 8
 --per-class 1..: images of a class; all
 --inject NAMES: late classes, as cifar100:wolf,tank
 --from RUN: to start from
 --model NAME: cnn, vgg-small, vgg11, vgg16, torchvision's
 --epochs 1..: of as many images as there are
---min-steps 1..: least an epoch
+--min-steps 1..: fewest per epoch
 --batch-size 2..: images a step
 --lr 1e-6..1e3: peak learning rate
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
---seed 0..=0: of the rest
---seeds 1..=1: runs, from --seed, --class-order on
+--seed 0..=0: seed of all else
+--seeds 1..=1: runs; --seed, --class-order count up
 --device NAME=auto: cpu, cuda:1
 --embedding =tsne: of embedding.png
 --out PATH: run folder; in runs/
---resume RUN: run(s) to go on with; --out's
+--resume RUN: runs to continue; --out's
 """  # name, range or type=default: help
 
 
@@ -431,7 +431,7 @@ def make_parser() -> ArgumentParser:
     def error(message: str):
         raise ValueError(message.removeprefix("argument "))
 
-    parser = ArgumentParser(epilog=f"Defaults: {curriculum.DEFAULTS}", allow_abbrev=False)
+    parser = ArgumentParser(epilog=f"Defaults: after ';' or {curriculum.DEFAULTS}", allow_abbrev=False)
     parser.error = error
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": evaluate.METHODS}, "--resume": {"nargs": "?", "const": ""}}
@@ -500,7 +500,7 @@ def setup(args, argv: list[str]) -> tuple:
     if args.resume is None:
         given = args.model or args.image_size or args.known_classes
         if args.late and args.known_classes or args.origin and given:
-            raise ValueError("--late decides --known-classes; --from decides --model, --image-size and that")
+            raise ValueError("--late decides --known-classes; --from decides --model, --image-size and it")
     else:
         given = {flag.partition("=")[0] for flag in argv}
         moved = given & {"--device", "--data-dir", "--dataset"}
@@ -542,7 +542,7 @@ def setup(args, argv: list[str]) -> tuple:
 
 
 def made_with(folder) -> dict:
-    """A run's args.json, if it is one."""
+    """A run's args.json, or {}."""
     with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(Path(folder, "args.json").read_text("utf-8")))
     return {}
@@ -592,8 +592,8 @@ def main(argv: list[str] | None = None, **changes) -> int:
         args = make_parser().parse_args(argv)
         if args.resume is not None and not changes:
             begun = sorted(Path(args.resume or args.out or ".").glob("*/args.json"), key=os.path.getmtime)
-            for run in begun[-1:]:  # the newest
-                argv = [*made_with(run.parent).get("command", []), *argv]
+            if begun:
+                argv = [*made_with(begun[-1].parent).get("command", []), *argv]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
