@@ -795,7 +795,7 @@ def predict(source, paths, table):
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
     taken = {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}
-    if taken or sheet.exists() != table.exists():
+    if taken or sheet.exists() > table.exists():
         raise ValueError(f"{table} or {sheet} would be replaced; use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
