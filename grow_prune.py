@@ -407,9 +407,9 @@ class HeadManager:
         return head_logits(self.ema.head, h).masked_fill(~self.units.in_use(taught), -math.inf)
 
     def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-        """For embeddings h [N,D]: the best unit in use and the best class with a label, int64 [N] each."""
+        """For embeddings h [N,D]: the best unit in use and the best class (sum of its units), int64 [N]."""
         c, logits = self.answered(taught), self.logits(h, taught)  # (U), (N, U)
-        return logits.argmax(1), c[logits.masked_fill(c < 0, -math.inf).argmax(1)]
+        return logits.argmax(1), sums(logits.softmax(1).T, c + 1, len(taught) + 1)[1:].argmax(0)
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
         """Indices int64 [M] of active images that are watched or labelled (bool [N])."""
