@@ -68,7 +68,7 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
     if part not in PARTS:
         raise ValueError(f"part is one of {', '.join(PARTS)}, not {part!r}")
     fits = x.ndim == 4 and x.shape[1] == 3 and (size is None or x.shape[2:] == (size, size))
-    fits &= x.dtype == torch.uint8 or x.dtype == torch.float32 and bool(((x - 0.5).abs() < 1).all())
+    fits &= x.dtype == torch.uint8 or x.dtype == torch.float32 and (x.abs() < 9).all()  # not 0..255
     if not fits:
         raise ValueError(f"x: {x.dtype} {list(x.shape)}, not uint8, float in 0..1 [N, 3, {size or 'H, W'}]")
     modes, out = [(module, module.training) for module in network.modules()], []
