@@ -48,7 +48,7 @@ class State:
     """All that training changes, and a checkpoint holds."""
 
     def __init__(self, args, dataset, units: int, earlier=None):
-        """A new network of `units` units, or the earlier one."""
+        """A new network of `units` units, or `earlier`."""
         torch.manual_seed(args.seed)
         x, y, classes, owner = dataset.train_x, dataset.train_y, dataset.classes, range(units)
         self.network = model.build(args.model, units, 128, dataset.mean, dataset.std, args.image_size)
@@ -210,6 +210,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
         + ", all there are" * (size >= len(y)),
     ]
+    notes += ["one named class teaches nothing"] * (most < 2)
     notes += ["a class lacks labels: no propagation, no unknown"] * head.lacks_labels(pool)
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
@@ -277,7 +278,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         save()
         news = [e for e in head.events if e["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, news), flush=True)
-    model.set_learning_rate(state.optimizer, 0.0)  # the same if resumed
+    model.set_learning_rate(state.optimizer, 0.0)  # if resumed, too
     finish(args, state, dataset, stages, pools, leak, save)
 
 
@@ -302,7 +303,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
             claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
-            if last and named.any():  # trained images claim more
+            if last and named.any():  # trained ones claim more
                 limit = min(limit, claims[named].quantile(0.05).item())
             state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
             state.answering["h"] = near_h.half()
@@ -326,7 +327,7 @@ def check_finite(record: Tensor, network, epoch: int) -> None:
 
 
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
-    """Write summary.json and pictures."""
+    """Figures and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
@@ -386,8 +387,8 @@ FLAGS = """
 --label-budget 0.0..1.0: share of labels that leak in; 0.1, or 1 with unlabelled/
 --known-classes 1..: classes at the start; 7 of 10, all of a folder
 --late NAMES: classes that come late
---never-named 0..=0: last classes that get no labels
---class-order 0..=0: seed of class order
+--never-named 0..=0: last classes without labels
+--class-order 0..=0: seed of order
 --replay 1..: images kept of old classes; all
 --dataset NAME=auto: digits, mnist, cifar10, cifar100, folder:PATH
 --data-dir PATH=data: data folder
@@ -403,11 +404,11 @@ FLAGS = """
 --prune 0.0..1.0=0.8: share of weights to end at zero
 --prune-units 0.0..1.0=0: share of a VGG's filters
 --seed 0..=0: seed of all else
---seeds 1..=1: runs; --seed, --class-order count up
+--seeds 1..=1: runs; seeds count up
 --device NAME=auto: cpu, cuda:1
 --embedding =tsne: of embedding.png
 --out PATH: run folder; in runs/
---resume RUN: runs to continue; --out's
+--resume RUN: runs to continue
 """  # name, range or type=default: help
 
 
@@ -480,7 +481,7 @@ def load(args) -> data.Dataset:
     y, n, whole = dataset.train_y, len(order), args.late or args.dataset.startswith("folder:")
     known = len(first) if whole else curriculum.default_known(len(own))
     args.known_classes = args.known_classes or len(taught) or known
-    if not 0 < args.known_classes <= n or args.never_named > n - max(2, len(taught)):
+    if not 0 < args.known_classes <= n or args.never_named > n - max(1, len(taught)):
         raise ValueError(f"--known-classes, --late and --never-named must fit the {n} classes")
     if args.label_budget is None:
         args.label_budget = 1.0 if (y < 0).any() else 0.1
