@@ -61,9 +61,9 @@ def ramp(progress: float, start: float, end: float) -> float:
     return float(progress >= end) if end <= start else min(max((progress - start) / (end - start), 0.0), 1.0)
 
 
-def cubic_sparsity(progress: float, target: float, start: float = PRUNE[0], end: float = PRUNE[1]) -> float:
-    """target (1 - (1 - t)^3), t from 0 at start to 1 at end (Zhu & Gupta 2017, arXiv 1710.01878)."""
-    return target * (1 - (1 - ramp(progress, start, end)) ** 3)
+def cubic_sparsity(progress: float, target: float) -> float:
+    """target (1 - (1 - t)^3), t from 0 to 1 over PRUNE (Zhu & Gupta 2017, arXiv 1710.01878)."""
+    return target * (1 - (1 - ramp(progress, *PRUNE)) ** 3)
 
 
 def learning_rate(progress: float, peak: float) -> float:

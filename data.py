@@ -164,7 +164,7 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
         if size != 32:
             small = x.split(1000)
             x = torch.cat([F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in small])
-        splits.append((x, torch.as_tensor(part.targets).long()))
+        splits.append((x, torch.as_tensor(part.targets)))
     return tuple(splits), [str(c).split(" - ")[0] for c in parts[0].classes]
 
 
@@ -219,8 +219,8 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
         if count:
             notes.append(f"{part}: {count.total()} images" + f" ({each})" * bool(each))
     alike = defaultdict(list)
-    for file, image, held in zip(good, x, test.tolist(), strict=True):
-        alike[hashlib.sha256(image.numpy()).digest()].append((file, good[file][1], held))
+    for file, image, out in zip(good, x, test.tolist(), strict=True):
+        alike[hashlib.sha256(image.numpy()).digest()].append((file, good[file][1], out))
     for same in alike.values():
         _, names, tested = zip(*same, strict=True)
         told["in train and in test, used in both"] += [file for file, _, out in same if not out] * any(tested)
@@ -320,13 +320,11 @@ def read_images(files: Sequence, size: int, progress: str | None = None) -> tupl
             except Exception as error:  # torn files
                 errors[i] = reason(error)
 
-    tasks = range(0, len(files), 16)
-    bar = tqdm(tasks, progress, leave=False, delay=2, disable=None if progress else True)
+    tasks, look = range(0, len(files), 16), dict(leave=False, delay=2, disable=None if progress else True)
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for _ in zip(bar, pool.map(read, tasks), strict=True):
-            pass
+        list(tqdm(pool.map(read, tasks), progress, len(tasks), **look))
     notes = [
         f"{w}x{h} -> {size}x{size}: {'the middle' if w != h else 'shrunk' if w > size else 'enlarged'} ({n})"
         for (w, h), n in Counter(shapes).most_common()
@@ -393,7 +391,7 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
     return replace(dataset, **parts, notes=notes)
 
 
-def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
+def inject(dataset: Dataset, spec: str, root="data") -> Dataset:
     """Append classes of another data set: spec "DATASET:class[,class]".
 
     Unlabelled images stay out. ValueError if absent.
@@ -401,7 +399,7 @@ def inject(dataset: Dataset, spec: str, root="data", download=True) -> Dataset:
     source, _, text = spec.rpartition(":")
     if not text or source in ("", "folder"):
         raise wrong(f"--inject '{spec}' must be DATASET:class[,class], as cifar100:wolf,tank")
-    other = load_dataset(source, root, download, dataset.train_x.shape[-1], 1)
+    other = load_dataset(source, root, True, dataset.train_x.shape[-1], 1)
     names = [text] if text in other.classes else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in other.classes:
@@ -428,8 +426,7 @@ def leak_order(labels: Tensor, seed: int) -> Tensor:
     """Each image's place in the random order in which its class's labels leak: int64 [N]; N for label -1."""
     y = labels.cpu() + 1
     key = torch.rand(len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    index = key.argsort()
-    index = index[y[index].argsort(stable=True)]  # by class
+    index = torch.from_numpy(np.lexsort((key, y)))  # by class, then by key
     count = y.bincount()
     order = torch.empty_like(index)
     order[index] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[index]]
@@ -443,10 +440,10 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
-    count = (labels + 1).bincount(minlength=1)
+    count = (labels + 1).bincount(minlength=1)  # [0] counts the images without a label
     quota = (count.double() * fraction + 0.5).floor().long()
-    known = count < 0  # none
-    known[[c + 1 for c in classes if c + 1 < len(count)]] = True  # never [0]: no label
+    known = torch.zeros_like(count, dtype=torch.bool)
+    known[[c + 1 for c in classes if c + 1 < len(count)]] = True
     return (order < quota[labels + 1]) & known[labels + 1]
 
 
@@ -454,24 +451,23 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
 class Pool:
     """What an epoch learns from: bool masks of images [N], classes [C]."""
 
-    active: Tensor
-    labelled: Tensor
-    taught: Tensor  # the classes that have a label
-    arrived: Tensor  # new in it
-    labelled_before: Tensor  # an epoch ago and active now
+    active: Tensor  # may be drawn
+    labelled: Tensor  # active, and the label may be used
+    taught: Tensor  # classes that have a label, now or in an earlier run
+    arrived: Tensor  # active, but not in the epoch before
+    labelled_before: Tensor  # active, and labelled in the epoch before
     taught_before: Tensor
 
 
-def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=None, taught=None) -> list[Pool]:
+def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay, taught: Tensor) -> list[Pool]:
     """The Pool of each epoch, by its Stage (of curriculum.py); the labels y int64 [N] leak in `order`.
 
     Images without a label are always there. classes: in all; known: at the start; replay: images kept
     of a class when later ones come (None: all); taught: bool [C], earlier.
     """
     nothing, result, latest = y < -1, [], 0
-    learned = nothing.new_zeros(classes) if taught is None else taught.to(y.device)
-    there = int(learned.sum())
-    now = Pool(nothing, nothing, learned, nothing, nothing, learned)
+    there = int(taught.sum())
+    now = Pool(nothing, nothing, taught, nothing, nothing, taught)
     for stage in stages:
         if stage.classes > there:
             latest, there = there, stage.classes  # from `latest` on came last
@@ -479,7 +475,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay=Non
         if replay is not None and there > known:
             active &= (y >= latest) | (order < replay) | (y < 0)
         labelled = label_mask(order, y, stage.label_fraction, range(stage.named)) & active
-        named = learned | (y[labelled].bincount(minlength=classes) > 0)
+        named = taught | (y[labelled].bincount(minlength=classes) > 0)
         now = Pool(active, labelled, named, active & ~now.active, now.labelled & active, now.taught)
         result.append(now)
     return result
@@ -494,8 +490,8 @@ def sample(mask: Tensor, count: int, seed: int) -> Tensor:
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` entries of pool [M]: whole random permutations, the last cut. int64 [count]."""
-    rounds = math.ceil(count / len(pool))
-    return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
+    rounds = [torch.randperm(len(pool), generator=generator) for _ in range(0, count, len(pool))]
+    return pool[torch.cat(rounds)[:count]]
 
 
 def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_share: float, generator):

@@ -297,7 +297,7 @@ def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Se
     """
     told = (unit >= 0) & (y >= 0)
     table = torch.zeros(*(1 + max([0, *unnamed, *values.unique().tolist()]) for values in (unit, y)))
-    table.index_put_((unit[told].cpu(), y[told].cpu()), torch.ones(int(told.sum())), accumulate=True)
+    table.index_put_((unit[told].cpu(), y[told].cpu()), torch.ones(1), accumulate=True)
     home, largest = table.argmax(0).tolist(), table.argmax(1).tolist()  # of a class, of a unit
     best = [(c, u) for c, u in enumerate(home) if largest[u] == c and table[u, c]]
     true = [c for c, u in best if c in nameless and u in unnamed]
@@ -381,8 +381,8 @@ TERMS = ("ntxent", "aggregation", "propagation", "supervised")
 BLOCKS = (  # of summary.json, as compared
     "accuracy old_accuracy new_accuracy first_sight probe probe_leaked knn forgetting".split(),
     "ari nmi silhouette novelty_auroc sparsity labels_used label_epochs images_per_second seconds".split(),
-    "concepts concepts_true gcd_all gcd_old gcd_new".split()
-    + [f"gcd_semi_kmeans_{part}" for part in ("all", "old", "new")],
+    "concepts concepts_true gcd_all gcd_old gcd_new "
+    "gcd_semi_kmeans_all gcd_semi_kmeans_old gcd_semi_kmeans_new".split(),
 )
 METRICS = sum(BLOCKS, [])
 
@@ -405,13 +405,13 @@ def log_header() -> str:
 
 def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
     """The last row of log.csv and events."""
-    row, recent = rows[-1], [row["seconds"] for row in rows[-5:]]
+    row, pace = rows[-1], mean(row["seconds"] for row in rows[-5:])
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
     for loss in (row[f"loss_{term}"] for term in TERMS):
         line += f"{'-' if loss is None else f' {loss:.3f}':>8s}"
     for key, width in dict(accuracy=10, old_accuracy=7, new_accuracy=7, open_accuracy=7, sparsity=8).items():
         line += f"{'-' if row[key] is None else f'{row[key]:.1%}':>{width}s}"
-    minutes, seconds = divmod(round((epochs - row["epoch"]) * sum(recent) / len(recent)), 60)
+    minutes, seconds = divmod(round((epochs - row["epoch"]) * pace), 60)
     line += f"  {row['images_per_second']:5.0f}  {minutes:3d}:{seconds:02d}"
     for event in events:
         facts = [] if event["count"] is None else [f"{event['count']} images"]
@@ -716,7 +716,7 @@ def compare(paths):
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
-        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART and k not in METRICS})
+        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART + METRICS})
         groups.setdefault(key, []).append((args, summary))
     settings = [*map(json.loads, groups)]
     for setting, runs in zip(settings, groups.values(), strict=True):
@@ -794,8 +794,8 @@ def predict(source, paths, table):
     network, files, sheet = model.load(source), data.find_images(paths), table.with_suffix(".png")
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
-    taken = {file.resolve() for file in files} & {table.resolve(), sheet.resolve()}
-    if taken or sheet.exists() > table.exists():
+    ours = table.exists() and table.read_bytes()[:12] == b"file,answer,"
+    if ours < (table.exists() or sheet.exists()) or sheet.resolve() in map(Path.resolve, files):
         raise ValueError(f"{table} or {sheet} would be replaced; use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):

@@ -91,10 +91,11 @@ def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> N
         rows = random_rows(p, count, p)  # (count, D) or (count)
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == p.shape:
-                state[key] = torch.cat([value, torch.zeros_like(rows, dtype=value.dtype)])
+                state[key] = torch.cat([value, value.new_zeros(rows.shape)])
         grad, new, p.grad = p.grad, torch.cat([p.data, rows]), None
-        p.data = p.data.to(torch.float16 if p.dtype == torch.float32 else torch.float32)  # autograd forgets
-        p.data = new  # the recorded shape only if the dtype changes
+        # Autograd keeps the old shape of a parameter until its dtype changes: change it, and change it back.
+        p.data = p.data.to(torch.float16 if p.dtype == torch.float32 else torch.float32)
+        p.data = new
         p.grad = None if grad is None else torch.cat([grad, torch.zeros_like(rows)])
     head.out_features += count
 
@@ -124,7 +125,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     """
     inner = linear_of(head)
     weight, bias = inner.weight, inner.bias  # (U, D), (U)
-    units, width, same = len(weight), weight.shape[1], h if others is None else others
+    (units, width), same = weight.shape, h if others is None else others
     fits = 0 <= unit < units and len(h) and h.shape[1:] == same.shape[1:] == (width,) and 0 <= tolerance <= 1
     if not fits or (rivals is not None and len(rivals) != units):
         raise ValueError(f"imprint: h, others [n,{width}], rivals [{units}], unit < {units}, tolerance 0..1")
@@ -219,7 +220,7 @@ class Units:
             grow_head(head, optimizer)
             self.owner.append(owner)
             self.age.append(0)
-            self.utility = torch.cat([self.utility, self.utility.new_zeros(1)])
+            self.utility = F.pad(self.utility, (0, 1))
         self.owner[unit], self.age[unit], self.utility[unit] = owner, 0, 1 / len(self.owner)
         return unit, how
 
@@ -246,19 +247,20 @@ class ConfusionMonitor:
         """Places in `index` int64 [W] of the images of one kind without a unit, or None; once an epoch.
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
-        known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is new if, of
-        all images like it, at most 2/3 of the usual share are labelled, and fewer than chance explains.
+        known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is new if its
+        images have at most 2/3 of the labels expected at the rate of the named classes, and if so few would
+        occur by chance (Poisson) with a probability of at most `chance`.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A)
         if self.cooldown_left or not len(known_y):
             return None
-        # Two of a class have about the cosine reach**2.
-        h, known = F.normalize(h.float(), dim=1), F.normalize(known_h.float(), dim=1)  # (W, D), (L, D)
+        # The cosine of two images of a class is about reach**2.
+        h, known = (F.normalize(x.float(), dim=1) for x in (h, known_h))  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
-        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()
+        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()  # images of named classes, about
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
@@ -285,36 +287,30 @@ class ConfusionMonitor:
         return None
 
 
-def kernels(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float):
-    """exp((cosine - 1) / temperature) of rows h [n,D] and pool_h [M,D], 1000 rows at a time."""
-    if named.dtype != torch.bool or len(named) != len(pool_h) or not temperature > 0:
-        raise ValueError(f"named must be bool [{len(pool_h)}] and temperature above 0")
-    pool_h = F.normalize(pool_h.float(), dim=1)  # (M, D)
-    for part in h.split(1000):
-        yield ((F.normalize(part.float(), dim=1) @ pool_h.T - 1) / temperature).exp()
-
-
 @outside_autocast
-def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2) -> Tensor:
+def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2, own: float = 0.0) -> Tensor:
     """How far labels around an image claim it: float32 [n], 0 without any, about 1 in a labelled class.
 
     The density of named images over that of all, by the kernel exp(cosine / temperature), relative to their
     share. h [n,D]: embeddings; pool_h [M,D]: to compare with, `named` (bool [M]) or not. NaN if none is.
+    own: subtracted from the weight of the named images; 1, the weight of an image at itself, leaves it out.
     """
-    weight_of = named.float()
-    claims = [w @ weight_of / w.sum(1) for w in kernels(h, pool_h, named, temperature)]
+    if named.dtype != torch.bool or len(named) != len(pool_h) or not temperature > 0:
+        raise ValueError(f"named must be bool [{len(pool_h)}] and temperature above 0")
+    pool_h, weight_of, claims = F.normalize(pool_h.float(), dim=1), named.float(), []  # (M, D), (M)
+    for part in h.split(1000):
+        w = ((F.normalize(part.float(), dim=1) @ pool_h.T - 1) / temperature).exp()  # (n, M)
+        claims.append((w @ weight_of - own) / w.sum(1))
     return torch.cat(claims) / weight_of.mean()
 
 
-@outside_autocast
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: quantile `reject` of the named ones; -inf without two.
 
     Each is asked as if it had no label: about that share of the known images is unknown.
     """
-    weight_of = named.float()  # an image's own weight is 1
-    claims = [(w @ weight_of - 1) / w.sum(1) for w in kernels(pool_h[named], pool_h, named, temperature)]
-    return float((torch.cat(claims) / weight_of.mean()).quantile(reject)) if named.sum() > 1 else -math.inf
+    claims = claim(pool_h[named], pool_h, named, temperature, own=1)
+    return float(claims.quantile(reject)) if len(claims) > 1 else -math.inf
 
 
 @outside_autocast
@@ -347,7 +343,8 @@ def two_means(h: Tensor) -> tuple[float, Tensor]:
 
     h = F.normalize(h.float(), dim=1)
     half = KMeans(2, n_init=3, random_state=0).fit_predict(h.cpu().numpy())
-    second = torch.from_numpy(half == (half.mean() <= 0.5)).to(h.device)
+    smaller = int(half.mean() <= 0.5)  # the labels are 0 and 1
+    second = torch.from_numpy(half == smaller).to(h.device)
     return separation(h[second], h[~second]), second
 
 
@@ -509,8 +506,9 @@ class HeadManager:
     def log_unit(self, event: str, unit: int, index: Tensor) -> None:
         """Log an event of a unit with its images `index` and their class, unless most have none."""
         true = self.y[index]
-        c, purity = int(true.mode().values), float((true == true.mode().values).sum() / (true >= 0).sum())
-        self.log(event, unit, *((c, len(true), purity) if c >= 0 else (None, len(true), None)))
+        c, known = int(true.mode().values), (true >= 0).sum()
+        c, purity = (c, float((true == c).sum() / known)) if c >= 0 else (None, None)
+        self.log(event, unit, c, len(true), purity)
 
     def release(self, unit: int) -> None:
         """Let a unit stand for nothing, unless a person has named it."""

@@ -95,13 +95,13 @@ def nt_xent(
     check(z1=(z1, "B D float"), z2=(z2, "B D float"), temperature=temperature)
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, D)
     target = torch.arange(len(z), device=z.device).roll(len(z1))
-    similarity = (Inner.apply(z, z) / temperature).fill_diagonal_(float("-inf"))  # (2B, 2B)
+    similarity = (Inner.apply(z, z) / temperature).fill_diagonal_(-math.inf)  # (2B, 2B)
     if kind is not None:
         check(z1=(z1, "B D float"), kind=(kind, "B int64"))
         kind = kind.repeat(2)
         same = (kind[:, None] == kind) & (kind >= 0)
         same.scatter_(1, target[:, None], False)  # the positive pair stays
-        similarity = similarity.masked_fill(same, float("-inf"))
+        similarity = similarity.masked_fill(same, -math.inf)
     return F.cross_entropy(similarity, target, reduction=reduction)
 
 
@@ -293,7 +293,7 @@ def propagate_labels(
     weight = torch.zeros(len(known), device=rows.device)  # log of 1 / density
     if n > 1:
         for part in chunks(len(known), n):
-            similarity = product(voters[part], rows.T).scatter_(1, known[part, None], float("-inf"))
+            similarity = product(voters[part], rows.T).scatter_(1, known[part, None], -math.inf)
             weight[part] = -(similarity.topk(min(density_k, n - 1), dim=1).values / temperature).logsumexp(1)
     if torch.is_tensor(balance) or balance:
         weight -= y.bincount()[y].log()
@@ -340,7 +340,7 @@ def supervised(
     logits, onehot = logits.float(), onehot.float()
     if active is not None:
         check(logits=(logits, "B C float"), active=(active, "C bool"))
-        logits, onehot = logits.masked_fill(~active, float("-inf")), onehot * active
+        logits, onehot = logits.masked_fill(~active, -math.inf), onehot * active
     log_p = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(onehot == 0, 0.0)  # 0 log 0 = 0
     loss = -(onehot * log_p).sum(1)
     if reduction == "mean":

@@ -31,7 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pytest import approx
-from torch import arange, equal, nn, rand, randint, randn, tensor, zeros
+from torch import arange, equal, eye, nn, rand, randint, randn, stack, tensor, zeros
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import parametrizations  # noqa: F401
 from torch.nn.utils import prune as torch_prune  # noqa: F401
@@ -175,13 +175,13 @@ def test_images_change_as_in_torchvision(images):
     for name, step in steps.items():
         ours, theirs = (getattr(module, f"adjust_{name}") for module in (augment, TF))
         factor = torch.linspace(-0.5, 0.5, 24) if name == "hue" else torch.linspace(0, 2, 24)
-        near(ours(images, factor), torch.stack(list(map(theirs, images, factor))))
+        near(ours(images, factor), stack(list(map(theirs, images, factor))))
         expected = theirs(expected, step)
     near(augment.color_jitter(images, *((s, s) for s in steps.values()), p=1), expected)
     sides = randint(1, 33, (2, 24))
     boxes = torch.cat([(32 - sides) // 3, sides])
     crops = [TF.resized_crop(x, *box, [32, 32]) for x, *box in zip(images, *boxes.tolist(), strict=True)]
-    near(augment.resized_crop(images, *boxes), torch.stack(crops))
+    near(augment.resized_crop(images, *boxes), stack(crops))
     near(augment.random_grayscale(images, 1), TF.rgb_to_grayscale(images, 3))
     assert equal(augment.random_grayscale(images, 0), images)
     assert equal(augment.horizontal_flip(images, 1), TF.hflip(images))
@@ -208,7 +208,7 @@ def test_crops_are_torchvisions():
     from torchvision.transforms import RandomResizedCrop
 
     ramp = arange(32.0).expand(32, 32)  # a crop of width w has slope w / 32
-    x = torch.stack([ramp.T, ramp, ramp]).expand(4000, -1, -1, -1)
+    x = stack([ramp.T, ramp, ramp]).expand(4000, -1, -1, -1)
     out = 4 * augment.random_resized_crop(x)
     sides = (out[:, :2, 20, 20] - out[:, :2, 12, 12]).round()
     theirs = [RandomResizedCrop.get_params(ramp, [0.2, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(4000)]
@@ -294,7 +294,7 @@ def test_nt_xent_is_its_definition(kind):
         pair = (i + n) % (2 * n)
         others = [j for j in range(2 * n) if j not in (i, pair) and (both[i] < 0 or both[j] != both[i])]
         expected.append(torch.log(1 + e[i, others].sum() / e[i, pair]))
-    same_gradients(losses.nt_xent(z1, z2, 0.2, "none", kinds), torch.stack(expected), z1, z2)
+    same_gradients(losses.nt_xent(z1, z2, 0.2, "none", kinds), stack(expected), z1, z2)
     assert losses.nt_xent(z1, z1, 0.001).isfinite()
 
 
@@ -359,7 +359,7 @@ def test_local_aggregation_is_its_definition(n, b, k, repeats):
 
     for background in (k, losses.neighbours(z, index, bank, there, k)):
         ours = losses.local_aggregation(z, index, bank, clusters, background, 0.2, "none")
-        same_gradients(ours, torch.stack(list(map(naive, z, index))), z)
+        same_gradients(ours, stack(list(map(naive, z, index))), z)
 
 
 def test_rows_take_turns():
@@ -543,7 +543,7 @@ def test_labels_leak(counts, shares, classes, seed):
 
 def test_batches_cover_pool_and_labels():
     n, rest = arange(100), (16, 5, 0.25, seeded())
-    drawn = torch.stack([*data.batches(n < 80, n % 10 == 0, *rest)])
+    drawn = stack([*data.batches(n < 80, n % 10 == 0, *rest)])
     assert drawn.shape == (5, 16) and (drawn < 80).all() and (drawn[:, :4] % 10 == 0).all()
     drawn = torch.cat([*data.batches(n < 80, n < 0, *rest)])
     assert sorted(drawn.tolist()) == list(range(80))
@@ -590,7 +590,7 @@ def test_a_folder_and_its_cache(tmp_path, monkeypatch):
         assert len(load(root).train_x) == 6
     d = load(root)
     assert d.train_x.shape == (8, 3, 32, 32) and d.train_y.tolist() == [0] * 4 + [1] * 4
-    moments = torch.stack(torch.std_mean(d.train_x.double() / 255, (0, 2, 3), correction=0))
+    moments = stack(torch.std_mean(d.train_x.double() / 255, (0, 2, 3), correction=0))
     assert np.allclose([d.std, d.mean], moments, 0, 1e-9)
     assert load(root, 16).test_x.shape == (8, 3, 16, 16)
     moved = shutil.copytree(root, tmp_path / "moved")
@@ -879,7 +879,7 @@ def trained(name):
     return head
 
 
-TWO, ROW, SOME = torch.eye(2), torch.ones(1, 2), tensor([True, False])
+TWO, ROW, SOME = eye(2), torch.ones(1, 2), tensor([True, False])
 WRONG = """\
 nn.Linear(2, 3): grow_head(m, None, 0) | imprint(m, 3, ROW) | imprint(m, 0, ROW[:0]) \
 | imprint(m, 0, ROW, torch.ones(4, 3)) | imprint(m, 0, ROW, TWO, 1.5) | imprint(m, 0, ROW, TWO, 0.1, SOME) \
@@ -945,8 +945,8 @@ def test_the_discriminant_is_fishers():
     own, kind = torch.linspace(-1, 1, 12), arange(90) % 4
     others = 4 * unit_rows(90, 12) * torch.linspace(0.2, 3, 12) + kind[:, None]
     x = others.double()
-    around = x - torch.stack([x[kind == c].mean(0) for c in range(4)])[kind]
-    spread = 0.2 * around.T @ around / 90 + 0.8 * around.square().mean() * torch.eye(12)
+    around = x - stack([x[kind == c].mean(0) for c in range(4)])[kind]
+    spread = 0.2 * around.T @ around / 90 + 0.8 * around.square().mean() * eye(12)
     expected = torch.linalg.solve(spread, own - x.mean(0)).float()
     assert_close(gp.discriminant(own, others, kind), expected, rtol=1e-4, atol=1e-5)
     assert gp.discriminant(own, others[:1], kind[:1]).isfinite().all()
@@ -1030,12 +1030,12 @@ def test_claims_and_resemblance_by_definition():
         return kernel[named & (place != without)].sum() / named.sum() / kernel.mean()
 
     found = gp.claim(h, pool_h, named)[::214]
-    assert_close(found, torch.stack([claimed(x) for x in h[::214]]), rtol=1e-4, atol=1e-5)
-    left = torch.stack([claimed(pool_h[j], j) for j in place[named]])
+    assert_close(found, stack([claimed(x) for x in h[::214]]), rtol=1e-4, atol=1e-5)
+    left = stack([claimed(pool_h[j], j) for j in place[named]])
     assert math.isclose(gp.threshold(pool_h, named, 0.3), left.quantile(0.3), rel_tol=1e-3, abs_tol=1e-4)
     assert gp.threshold(TWO, SOME) == -math.inf
     y = (place % 4).where(place < 39, 4)
-    others = torch.stack([pool_h[(y == y[i]) & (place != i)].mean(0) for i in range(39)])
+    others = stack([pool_h[(y == y[i]) & (place != i)].mean(0) for i in range(39)])
     cosine = F.cosine_similarity(pool_h[:39], others)
     assert math.isclose(gp.resemblance(pool_h, y), cosine.quantile(0.25), rel_tol=1e-4)
     assert gp.resemblance(pool_h[:4], y[:4]) == 1
@@ -1044,7 +1044,7 @@ def test_claims_and_resemblance_by_definition():
 def crowd(classes, size, seed, named):
     """Embeddings [classes * size, 16], a direction a class; classes; a tenth of labels."""
     y = arange(classes).repeat_interleave(size)
-    h = 3 * torch.eye(16)[y] + 0.5 * randn(len(y), 16, generator=seeded(seed))
+    h = 3 * eye(16)[y] + 0.5 * randn(len(y), 16, generator=seeded(seed))
     return h, y, (rand(len(y), generator=seeded(seed + 100)) < 0.1) & (y < named)
 
 
@@ -1242,7 +1242,7 @@ open_set(claims, 0.15, no, right, ~no, ~no) | 0.2, None, None
 pseudo_label_quality(said, sure / 10, y, y < 2) | 2 / 3, 2 / 3, 1 / 2
 gcd_accuracy(2 - said, y, y < 1) | 4 / 6, 3 / 4, 1 / 2
 gcd_accuracy(said, 0 * y - 1, y < 1) | None, None, None
-cluster_scores(torch.eye(3)[said], y) | 2 / 27, 0.52066525, 1, 4 / 6"""
+cluster_scores(eye(3)[said], y) | 2 / 27, 0.52066525, 1, 4 / 6"""
 
 
 @cases("row", COUNTED.splitlines())
@@ -1359,7 +1359,7 @@ def answering(tmp_path_factory):
     """A network that knows two colours, found a third; images."""
     torch.manual_seed(0)
     kinds, network = arange(36) // 12, model.build("cnn", 4)
-    x = (220 * torch.eye(3)[kinds, :, None, None] + IMAGES[:36] / 13).byte()
+    x = (220 * eye(3)[kinds, :, None, None] + IMAGES[:36] / 13).byte()
     network(x / 255)
     h = F.normalize(ev.embed(network, x), dim=1)
     network.head.weight.data[:3] = h.view(3, 12, -1).mean(1)
@@ -1403,8 +1403,9 @@ def test_files_are_answered(answering, tmp_path, monkeypatch):
     assert all((row["error"] > "") == ([*row.values()][1:5] == [""] * 4) for row in rows)
     assert rows[1] == rows[7] and 0 < float(rows[1]["confidence"]) <= 1
     assert Path("猫.1.png").stat().st_size > 10_000
-    for bad in "猫.1.png", "none.png":
-        assert ev.main([str(answering[0]), "--predict", bad, "--out", "猫.1"]) == 2
+    Path("own.csv").write_text("file,label")
+    for bad, out in ("猫.1.png", "猫.1"), ("none.png", "猫.1"), ("pictures", "own"):
+        assert ev.main([str(answering[0]), "--predict", bad, "--out", out]) == 2
 
 
 def test_a_person_names_units(answering, tmp_path, capsys):
@@ -1436,7 +1437,7 @@ def test_mistakes_and_concepts_are_sorted():
     ((_, images, captions),) = ev.mistake_rows(x, said, sure, y, ["cat", "dog"])
     assert images.tolist() == [4, 3, 6, 1] and captions[0] == "dog 80 %\nis cat"
     assert ev.mistake_rows(x, y, sure, y, ["cat", "dog"]) == []
-    h = torch.eye(4)[[0, 0, 1, 2, 2, 2, 3, 3]]
+    h = eye(4)[[0, 0, 1, 2, 2, 2, 3, 3]]
     h[3] += 0.5
     h[5] -= 0.5
     unit = tensor([0, 0, 0, 2, 2, 2, -1, -1])
@@ -1949,6 +1950,6 @@ def test_a_captured_step_is_the_step():
                 held = state.network.encoder[0].weight.detach().clone()
         assert equal(held, state.network.encoder[0].weight)
         utility = state.head.units.utility
-        ends.append((torch.stack(heard), held, state.bank.rows, state.ema.head.weight.detach(), utility))
+        ends.append((stack(heard), held, state.bank.rows, state.ema.head.weight.detach(), utility))
     for plain, other in zip(*ends, strict=True):
         assert_close(plain, other, rtol=1e-2, atol=1e-3)

@@ -110,7 +110,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])
     if mix["aggregation"]:
-        k = max(2, round(len(members) / 42))  # the paper's
+        k = max(2, round(len(members) / 42))  # images a cluster, as in the paper
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
         unknown = len(units.owner)
@@ -137,7 +137,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
     z1, z2 = z.chunk(2)
-    index2, terms = index.repeat(2), {}
+    index2, terms = index.repeat(2), dict.fromkeys(TERMS, z.new_zeros(()))
 
     if mix["aggregation"] or mix["propagation"]:
         near = losses.neighbours(z, index2, bank, active, *losses.searched(len(active)), turn)
@@ -164,7 +164,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     bank.update(index, z1.detach() + z2.detach())
     if mix["propagation"] or mix["supervised"]:
         state.head.units.observe(logits.detach().masked_fill(~in_use, -math.inf).softmax(1))
-    return torch.stack([terms[term].detach() if term in terms else z.new_zeros(()) for term in TERMS])
+    return torch.stack([*terms.values()]).detach()
 
 
 # ---- the loop ----
@@ -257,7 +257,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
             rate = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
             model.set_learning_rate(state.optimizer, rate)
             record[step] = turns[step % len(turns)](index)
-        turns = None
+        turns = None  # frees the CUDA graphs
         check_finite(record, state.network, epoch)
 
         # 4. Prune, evaluate, log, checkpoint.
@@ -270,11 +270,11 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         speed = steps * size / (time.perf_counter() - start)
 
         row = evaluate_epoch(args, state, dataset, stage, pool, targets, h)
-        loss = dict(zip(TERMS, record.mean(0).tolist(), strict=True))
-        row |= {f"loss_{term}": loss[term] if mix[term] else None for term in TERMS}
+        for term, loss in zip(TERMS, record.mean(0).tolist(), strict=True):
+            row[f"loss_{term}"] = loss if mix[term] else None
         state.rows += [row | {"images_per_second": speed, "seconds": time.perf_counter() - start}]
-        for name, *table in ("log", state.rows), ("events", head.events, grow_prune.EVENT):
-            evaluate.say_once(data.write_table(f"{args.out}/{name}.csv", *table))
+        evaluate.say_once(data.write_table(f"{args.out}/log.csv", state.rows))
+        evaluate.say_once(data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT))
         save()
         news = [e for e in head.events if e["epoch"] == epoch + 1]
         print(evaluate.log_line(state.rows, args.epochs, news), flush=True)
@@ -331,16 +331,16 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
     y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
-    true, most = y >= 0, len(classes) - args.never_named
-    budget = data.label_mask(leak, y, args.label_budget, range(most))[true]
-    parts = (train_h[true], y[true]), (test_h, test_y), budget, rows, classes[: args.known_classes][:most]
+    most = len(classes) - args.never_named
+    budget = data.label_mask(leak, y, args.label_budget, range(most))
+    parts = (train_h, y), (test_h, test_y), budget, rows, classes[: args.known_classes][:most]
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
         **{kind: sum(e["event"] == kind for e in head.events) for kind in ("opened", "named")},
         "labels_used": int((sum(pool.labelled for pool in pools) > 0).sum()),
     }
-    here, named, unnamed = pool.active & true, taught[test_y].nonzero()[:, 0], head.units.unnamed()
+    here, named, unnamed = pool.active & (y >= 0), taught[test_y].nonzero()[:, 0], head.units.unnamed()
     hidden, logits = here & ~pool.labelled, head.logits(test_h, taught)  # (N), (T, U)
     unit, guess = head.predict(train_h, taught)[0], head.predict(test_h, taught)[1]
     if taught.any() and hidden.any():
@@ -539,7 +539,7 @@ def setup(args, argv: list[str]) -> tuple:
             git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty"]
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         args.out = claim_folder(args, about | {"command": argv})
-    return args, dataset, saved, earlier
+    return dataset, saved, earlier
 
 
 def made_with(folder) -> dict:
@@ -600,7 +600,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
             raise ValueError("empty argument")
         if args.curriculum == "all" or args.seeds > 1:
             return several(args, argv)
-        args, dataset, saved, earlier = setup(args, argv)
+        dataset, saved, earlier = setup(args, argv)
         whole = os.path.dirname(args.out) if changes else args.out
         way_on = f"; go on with: python train.py --resume {shlex.quote(whole)}"
         train(args, dataset, saved, earlier)
