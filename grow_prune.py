@@ -55,7 +55,7 @@ def linear_of(head: nn.Module) -> nn.Linear:
 def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
     """The optimizer state of weight and bias; ValueError if not one value for each weight."""
     rows = [p for p in (head.weight, head.bias) if p is not None]
-    states = {p: optimizer.state.get(p, {}) if optimizer is not None else {} for p in rows}
+    states = {p: (optimizer.state if optimizer else {}).get(p, {}) for p in rows}
     sized = [(p, v) for p in rows for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
     odd = type(optimizer).__name__ in ("LBFGS", "Rprop", "Adafactor")
     if odd or any(v.shape != p.shape for p, v in sized):
@@ -78,7 +78,7 @@ def random_rows(p: Tensor, count: int, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> None:
-    """Add `count` units to a linear layer, in place, in the middle of training.
+    """Add `count` units to a linear layer, in place, between two training steps.
 
     The parameters stay the same objects; old rows keep values, gradients and optimizer state. New ones have a
     random direction, the mean length of the others, no bias and a state of zeros. Raises ValueError before
@@ -93,7 +93,7 @@ def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> N
             if torch.is_tensor(value) and value.shape == p.shape:
                 state[key] = torch.cat([value, value.new_zeros(rows.shape)])
         grad, new, p.grad = p.grad, torch.cat([p.data, rows]), None
-        # Autograd keeps the old shape of a parameter until its dtype changes: change it, and change it back.
+        # Autograd keeps the old shape until the dtype changes: to another, and back.
         p.data = p.data.to(torch.float16 if p.dtype == torch.float32 else torch.float32)
         p.data = new
         p.grad = None if grad is None else torch.cat([grad, torch.zeros_like(rows)])
@@ -248,8 +248,8 @@ class ConfusionMonitor:
 
         claims [W]: unclaimed below `limit`, see `claim`, `threshold`; h [W,D]: embeddings; known_h [L,D],
         known_y [L]: labelled images, whose spread says how near images of a kind are. A kind is new if its
-        images have at most 2/3 of the labels expected at the rate of the named classes, and if so few would
-        occur by chance (Poisson) with a probability of at most `chance`.
+        images have at most 2/3 of the labels expected at the named classes' rate, and the Poisson probability
+        of so few is at most `chance`.
         """
         self.streak[index] = torch.where(claims < limit, self.streak[index] + 1, 0)
         self.cooldown_left = max(0, self.cooldown_left - 1)
@@ -260,7 +260,7 @@ class ConfusionMonitor:
         h, known = (F.normalize(x.float(), dim=1) for x in (h, known_h))  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
-        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()  # images of named classes, about
+        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2, ow
 
     The density of named images over that of all, by the kernel exp(cosine / temperature), relative to their
     share. h [n,D]: embeddings; pool_h [M,D]: to compare with, `named` (bool [M]) or not. NaN if none is.
-    own: subtracted from the weight of the named images; 1, the weight of an image at itself, leaves it out.
+    own: weight to leave out, 1 of an image itself.
     """
     if named.dtype != torch.bool or len(named) != len(pool_h) or not temperature > 0:
         raise ValueError(f"named must be bool [{len(pool_h)}] and temperature above 0")
@@ -343,8 +343,7 @@ def two_means(h: Tensor) -> tuple[float, Tensor]:
 
     h = F.normalize(h.float(), dim=1)
     half = KMeans(2, n_init=3, random_state=0).fit_predict(h.cpu().numpy())
-    smaller = int(half.mean() <= 0.5)  # the labels are 0 and 1
-    second = torch.from_numpy(half == smaller).to(h.device)
+    second = torch.from_numpy(half == (half.mean() <= 0.5)).to(h.device)
     return separation(h[second], h[~second]), second
 
 
@@ -388,9 +387,10 @@ class HeadManager:
         return [self.given.get(unit, name) for unit, name in enumerate(own)]
 
     def answered(self, taught: Tensor) -> Tensor:
-        """The taught (bool [C]) class whose name each unit has, also from a person, or -1: int64 [U]."""
+        """The taught (bool [C]) class whose name each unit has, also a person's, or C + unit: int64 [U]."""
         place = {self.classes[c]: c for c in taught.nonzero()[:, 0].tolist()}
-        return torch.tensor([place.get(name, -1) for name in self.names(taught)], device=self.y.device)
+        found = [place.get(name, len(taught) + unit) for unit, name in enumerate(self.names(taught))]
+        return torch.tensor(found, device=self.y.device)
 
     def log(self, event: str, unit=None, c=None, count=None, purity=None) -> None:
         """Append a row of events.csv; c: the class."""
@@ -403,10 +403,15 @@ class HeadManager:
         """Logits [N,U] of the EMA for embeddings h [N,D]; -inf for the units that are not in use."""
         return head_logits(self.ema.head, h).masked_fill(~self.units.in_use(taught), -math.inf)
 
+    def probabilities(self, h: Tensor, taught: Tensor) -> Tensor:
+        """Of each class, its units together, and each unit without, for h [N,D]: [N,C+U]."""
+        p = self.logits(h, taught).softmax(1).T  # (U, N)
+        return sums(p, self.answered(taught), len(taught) + len(p)).T
+
     def predict(self, h: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-        """For embeddings h [N,D]: the best unit in use and the best class (sum of its units), int64 [N]."""
-        c, logits = self.answered(taught), self.logits(h, taught)  # (U), (N, U)
-        return logits.argmax(1), sums(logits.softmax(1).T, c + 1, len(taught) + 1)[1:].argmax(0)
+        """For embeddings h [N,D]: the best unit in use and the best class, int64 [N]."""
+        p = self.probabilities(h, taught)[:, : len(taught)]
+        return self.logits(h, taught).argmax(1), p.argmax(1)
 
     def neighborhood(self, pool, labelled: Tensor) -> Tensor:
         """Indices int64 [M] of active images that are watched or labelled (bool [N])."""

@@ -341,7 +341,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         "labels_used": int((sum(pool.labelled for pool in pools) > 0).sum()),
     }
     here, named, unnamed = pool.active & (y >= 0), taught[test_y].nonzero()[:, 0], head.units.unnamed()
-    hidden, logits = here & ~pool.labelled, head.logits(test_h, taught)  # (N), (T, U)
+    hidden, log_p = here & ~pool.labelled, head.probabilities(test_h, taught).log()  # (N), (T, C + U)
     unit, guess = head.predict(train_h, taught)[0], head.predict(test_h, taught)[1]
     if taught.any() and hidden.any():
         new, nameless = ~taught[y], (~taught).nonzero()[:, 0].tolist()
@@ -351,11 +351,10 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     if told and len(named) > 1:
         memory = told["h"].to(test_h), told["labelled"].to(y.device)
         fit, held = named[::2], named[1::2]
-        target = logits.masked_fill(head.answered(taught) != test_y[:, None], -math.inf).argmax(1)
-        told["temperature"] = evaluate.fit_temperature(logits[fit], target[fit])
+        told["temperature"] = evaluate.fit_temperature(log_p[fit], test_y[fit])
         for key, temperature in ("_before", 1.0), ("", told["temperature"]):
-            sure, best = (logits[held] / temperature).softmax(1).max(1)
-            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == target[held])
+            sure, best = (log_p[held] / temperature).softmax(1).max(1)
+            summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == test_y[held])
     save()
     data.write_json(f"{args.out}/summary.json", summary)
     print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
@@ -367,7 +366,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if told and len(named) > 1:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
-        sure = (logits / told["temperature"]).softmax(1).amax(1)
+        sure = (log_p / told["temperature"]).softmax(1).amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
