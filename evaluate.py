@@ -562,16 +562,16 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
     unit = F.normalize(h, dim=1).cpu().numpy()
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    if (unit == unit[0]).all():
-        return np.zeros((len(unit), 2))
-    if method == "umap":
+    way = PCA(2, random_state=0)
+    if method == "tsne":
+        way = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
+    elif method == "umap":
         try:
             from umap import UMAP
         except ImportError:
             raise ValueError("--embedding umap: pip install umap-learn, or use tsne") from None
-        return UMAP(random_state=0).fit_transform(unit)
-    tsne = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
-    return (tsne if method == "tsne" else PCA(2, random_state=0)).fit_transform(unit)
+        way = UMAP(random_state=0)
+    return np.zeros((len(unit), 2)) if (unit == unit[0]).all() else way.fit_transform(unit)
 
 
 def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):

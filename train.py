@@ -78,7 +78,7 @@ class State:
         return saved | saved.pop("head") | {"bank": self.bank.rows}
 
     def load_state_dict(self, saved: dict) -> None:
-        """The reverse."""
+        """Take over what `state_dict` returned."""
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in "network", "ema", "optimizer":
             getattr(self, name).load_state_dict(saved[name])
@@ -518,6 +518,7 @@ def setup(args, argv: list[str]) -> tuple:
         args.taught = [*dict.fromkeys(filter(None, earlier.names))]
         args.model, args.image_size = earlier.spec, earlier.image_size
     device = use_device(args.device)
+    evaluate.project(torch.zeros(1, 2), args.embedding)  # or refuses
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
     defaults = curriculum.defaults(args.dataset).items()
