@@ -144,7 +144,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     direction = discriminant(own, F.normalize(others.float(), dim=1), kind)
     weight[unit] = (F.normalize(direction, dim=0) * length).to(weight.dtype)
     margin = (head_logits(head, others)[:, unit] - best).quantile(1 - tolerance, interpolation="higher")
-    bias[unit] = torch.minimum(before - head_logits(head, h)[:, unit].mean(), -margin)
+    bias[unit] = torch.minimum(before - head_logits(head, h)[:, unit].mean(), -margin - 1e-4)
 
 
 def sums(h: Tensor, group: Tensor, groups: int) -> Tensor:
