@@ -331,7 +331,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     def loss(t):
-        return F.cross_entropy(logits / math.exp(t), y).item() + t * t / len(y)
+        return F.cross_entropy(logits.clamp(-1e3) / math.exp(t), y).item() + t * t / len(y)
 
     return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
 
@@ -500,7 +500,7 @@ def draw_curves(rows, classes, path):
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
     shares |= dict(pseudo_coverage="pseudo-labels sure (> 0.8)", novelty_auroc="AUROC of the claim")
     shares |= dict(open_accuracy="right, unknown\nbeing an answer")
-    some = dict(old_accuracy=f"the first {known} classes", new_accuracy="the late classes")
+    some = dict(old_accuracy="the old classes", new_accuracy="the late classes")
     each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
     panels = some if many else each, {f"loss_{term}": term for term in TERMS}, shares
     with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
@@ -764,7 +764,7 @@ def draw_comparison(result, path):
             ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
         names = [f"{shown(name, 60)}\nruns: {row['runs']}" for name, row in result.items()]
         ax.set_yticks(range(len(result)), names)
-        ax.set(xlabel="test accuracy, %", xlim=(0, 108))
+        ax.set(xlabel="test accuracy, %", xlim=(0, 118))
         ax.invert_yaxis()
         ax.legend(**BESIDE)
 

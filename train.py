@@ -78,7 +78,7 @@ class State:
         return saved | saved.pop("head") | {"bank": self.bank.rows}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take over what `state_dict` returned."""
+        """Take over a `state_dict`."""
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in "network", "ema", "optimizer":
             getattr(self, name).load_state_dict(saved[name])
@@ -110,7 +110,7 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
     units, rows, members = state.head.units, state.bank.rows, pool.active.nonzero()[:, 0]  # (M)
     clusters, pseudo, confidence = None, torch.full_like(votes, -1), torch.zeros_like(rows[:, 0])
     if mix["aggregation"]:
-        k = max(2, round(len(members) / 42))  # images a cluster, as in the paper
+        k = max(2, round(len(members) / 42))  # as in the paper
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
         unknown = len(units.owner)
@@ -206,7 +206,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
-        f"labels: of {head.final.sum():,} images" + ": nothing is unknown" * bool(head.final.all()),
+        f"labels: of {head.final.sum():,} images" + ": nothing is unknown" * head.final.equal(pool.active),
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
         + ", all there are" * (size >= len(y)),
     ]
@@ -357,7 +357,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
             summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == test_y[held])
     save()
     data.write_json(f"{args.out}/summary.json", summary)
-    print(f"\n{evaluate.describe(summary, len(y), args.known_classes)}\n")
+    print(f"\n{evaluate.describe(summary, len(y), min(args.known_classes, most))}\n")
 
     draw, out, late = evaluate.attempt, Path(args.out), (stages[0].classes, stages[-1].classes)
     draw(evaluate.draw_curves, rows, classes, out / "curves.png")
@@ -366,7 +366,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if told and len(named) > 1:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
-        sure = (log_p / told["temperature"]).softmax(1).amax(1)
+        sure = (log_p / told["temperature"]).softmax(1)[:, : len(classes)].amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
         unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
