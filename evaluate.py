@@ -361,7 +361,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
     logits = measured(network.head.forward)(h)[:, in_use]
     called = [names[u] or f"unit {u}" for u in in_use]
-    column = torch.tensor([called.index(name) for name in called], device=x.device)
+    column = torch.tensor([called.index(name) for name in called], device=x.device)  # of its name
     log_p = torch.zeros_like(logits).index_add_(1, column, logits.softmax(1)).log()
     confidence, best = (log_p / memory.get("temperature", 1)).softmax(1).max(1)
     place = logits.masked_fill(column != best[:, None], -math.inf).argmax(1)

@@ -404,7 +404,7 @@ class HeadManager:
         return head_logits(self.ema.head, h).masked_fill(~self.units.in_use(taught), -math.inf)
 
     def probabilities(self, h: Tensor, taught: Tensor) -> Tensor:
-        """Of each class, its units together, and each unit without, for h [N,D]: [N,C+U]."""
+        """Of each class, its units together, and each unit without one, for h [N,D]: [N,C+U]."""
         p = self.logits(h, taught).softmax(1).T  # (U, N)
         return sums(p, self.answered(taught), len(taught) + len(p)).T
 

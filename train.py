@@ -518,7 +518,7 @@ def setup(args, argv: list[str]) -> tuple:
         args.taught = [*dict.fromkeys(filter(None, earlier.names))]
         args.model, args.image_size = earlier.spec, earlier.image_size
     device = use_device(args.device)
-    evaluate.project(torch.zeros(1, 2), args.embedding)  # or refuses
+    evaluate.project(torch.zeros(1, 2), args.embedding)  # umap there?
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
     defaults = curriculum.defaults(args.dataset).items()
