@@ -88,7 +88,7 @@ def arrivals(num_classes: int, known: int) -> list[float]:
 def gradual(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """No labels at first; labels leak in; new classes come, images before labels; then all of it together."""
     joined = arrivals(num_classes, known)
-    classes = sum(t <= progress + 1e-9 for t in joined)
+    classes = sum(t <= progress + 1e-9 for t in joined)  # 1e-9: rounding
     named = sum(t + NAMING * (t > 0) <= progress + 1e-9 for t in joined)
     leak = ramp(progress, *LEAK)
     if leak == 0:
@@ -108,12 +108,7 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
 
 def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
     """All classes, no labels: NT-Xent, joined by local aggregation."""
-    mix = {
-        "ntxent": 1.0,
-        "aggregation": 0.5 * ramp(progress, 0.10, 0.20),
-        "propagation": 0.0,
-        "supervised": 0.0,
-    }
+    mix = dict(ntxent=1.0, aggregation=0.5 * ramp(progress, 0.10, 0.20), propagation=0.0, supervised=0.0)
     return Stage("self", num_classes, 0, 0.0, mix, 0.0, cubic_sparsity(progress, sparsity))
 
 
@@ -141,7 +136,7 @@ def labels_only(progress: float, num_classes: int, known: int, budget: float, sp
     return replace(ceiling, name="labels only", label_fraction=budget, crop=CROP[0])
 
 
-CURRICULA: dict[str, Callable[..., Stage]] = {
+CURRICULA: dict[str, Callable[..., Stage]] = {  # some ignore known, budget
     "gradual": gradual,
     "self": self_supervised,
     "self-known": self_known,

@@ -79,8 +79,8 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
         near = f", did you mean 'folder:{name}'?" if there else suggest(name, DATASETS)
         raise wrong(f"unknown dataset '{name}'{near}; use {', '.join(DATASETS)} or folder:PATH")
     glyphs = name in ("digits", "mnist")
-    kind = (not glyphs, not glyphs, (0.5 if glyphs else 0.2, 1.0), notes)
-    return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), *kind)
+    kind = dict(flip=not glyphs, color=not glyphs, scale=(0.5 if glyphs else 0.2, 1.0))
+    return Dataset(*splits[0], *splits[1], classes, *channel_statistics(splits[0][0]), **kind, notes=notes)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -181,10 +181,10 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     Returns ((train_x, train_y), (test_x, test_y)), classes, notes. ValueError for another layout.
     """
     path = os.path.normpath(os.path.expanduser(path))
-    files, classes, told = list_folder(path, least)
+    files, classes, odd = list_folder(path, least)
     places = [f"{path}/{file}" for file in files]
     stamps = [os.path.exists(p) and (os.path.getsize(p), os.path.getmtime(p)) for p in places]
-    facts = ascii((size, Image.__version__, [*files], [*told.items()], stamps)).encode()
+    facts = ascii((size, Image.__version__, [*files], [*odd.items()], stamps)).encode()
     signature, cache = hashlib.sha256(facts).hexdigest(), f"{path}/.cache-{size}.pt"
     with suppress(Exception):  # damaged
         kept = torch.load(cache, weights_only=True)
@@ -194,8 +194,8 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
     x, errors, scaled = read_images(places, size, "reading")
     bad = {file: error for file, error in zip(files, errors, strict=True) if error}
     good = {file: group for file, group in files.items() if file not in bad}
-    told[NO_IMAGE] = [file for file, error in bad.items() if error == NO_IMAGE]
-    told["unreadable"] = [f"{file} ({error})" for file, error in bad.items() if error != NO_IMAGE]
+    odd[NO_IMAGE] = [file for file, error in bad.items() if error == NO_IMAGE]
+    odd["unreadable"] = [f"{file} ({error})" for file, error in bad.items() if error != NO_IMAGE]
     for split, name in set(files.values()) - set(good.values()):
         if name:
             own = some([f"{file} ({bad[file]})" for file in bad if files[file] == (split, name)], 3)
@@ -223,14 +223,14 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
         alike[hashlib.sha256(image.numpy()).digest()].append((file, good[file][1], out))
     for same in alike.values():
         _, names, tested = zip(*same, strict=True)
-        told["in train and in test, used in both"] += [file for file, _, out in same if not out] * any(tested)
-        told["in several classes"] += [file for file, name, _ in same if name] * (len({*names} - {""}) > 1)
-    notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in told.items() if them]
+        odd["in train and in test, used in both"] += [file for file, _, out in same if not out] * any(tested)
+        odd["in several classes"] += [file for file, name, _ in same if name] * (len({*names} - {""}) > 1)
+    notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in odd.items() if them]
     notes = [printable(note) for note in notes + scaled]
     splits = (x[~test], y[~test]), (x[test], y[test])
     kept = dict(signature=signature, splits=splits, notes=notes)
     with suppress(OSError, RuntimeError):
-        if "[Errno" not in f"{told}":  # may pass
+        if "[Errno" not in f"{odd}":  # may pass
             write_atomically(cache, lambda file: torch.save(kept, file), f".{os.getpid()}")
     return splits, classes, notes
 
@@ -242,31 +242,31 @@ def list_folder(path: str, least: int) -> tuple[dict, list[str], dict]:
         raise wrong(f"{path}/train is not there{', but ' * bool(beside)}{some(beside, 4)}; {LAYOUT}")
     test = [name for name in TEST if os.path.isdir(f"{path}/{name}")][:1]
     used = [name for name in ("train", *UNLABELLED, *test) if name in beside]
-    told, files = defaultdict(list), {}
-    told["not read, beside train"] = [name for name in beside if name not in used]
+    odd, files = defaultdict(list), {}
+    odd["not read, beside train"] = [name for name in beside if name not in used]
     for split in used:
-        for file in walk(path, split, told):
+        for file in walk(path, split, odd):
             inner = [""] if split in UNLABELLED else file.split("/")[1:-1]
             if inner:
                 files[file] = split, inner[0].encode(errors="backslashreplace").decode()
             else:
-                told["not read, in no class folder"].append(file)
+                odd["not read, in no class folder"].append(file)
     there = set(files.values())
     classes = sorted({name for _, name in there if name})
-    told["only in test, never trained"] = [name for name in classes if ("train", name) not in there]
+    odd["only in test, never trained"] = [name for name in classes if ("train", name) not in there]
     for name in classes:
         if re.fullmatch(r"unknown|unlabell?ed|unit \d+", name):
             raise wrong(f"{path}: no class may be called '{name}'; images without a label: unlabelled/")
-    for name in classes * len(test):
+    for name in classes if test else ():
         if (test[0], name) not in there:
             raise wrong(f"{path}: class '{name}' must be in train and test, is not in {test[0]}; {LAYOUT}")
     if len(classes) < least:
         raise wrong(f"{path}/train: {classes} is too few classes; {LAYOUT}")
-    return files, classes, told
+    return files, classes, odd
 
 
-def walk(root: str, top: str, told: dict) -> list[str]:
-    """Files below root/top, relative to root, sorted; `told` gets what is not read."""
+def walk(root: str, top: str, odd: dict) -> list[str]:
+    """Files below root/top, relative to root, sorted; `odd` gets what is not read."""
 
     def refuse(error):
         raise error
@@ -280,8 +280,8 @@ def walk(root: str, top: str, told: dict) -> list[str]:
         folders[:] = sorted(set(folders) - out)
         files = [name for name in files if name not in out]
         found += [f"{here}/{name}" for name in files]
-        told["not read, hidden or a link back up"] += [f"{here}/{name}" for name in sorted(out)]
-        told["not read, empty"] += [] if folders or files else [here]
+        odd["not read, hidden or a link back up"] += [f"{here}/{name}" for name in sorted(out)]
+        odd["not read, empty"] += [] if folders or files else [here]
     return sorted(found, key=lambda file: file.split("/"))
 
 
@@ -406,10 +406,10 @@ def inject(dataset: Dataset, spec: str, root="data") -> Dataset:
             raise wrong(f"--inject: no class '{name}' in {source}{suggest(name, other.classes)}")
         if name in dataset.classes or names.count(name) > 1:
             raise wrong(f"--inject: a class '{name}' is there already")
-    told = [f"{source} (only {some(names)}): {note}" for note in other.notes]
+    notes = [f"{source} (only {some(names)}): {note}" for note in other.notes]
     rank = torch.full((len(other.classes) + 1,), -1)  # of the other's classes, and of no label
     rank[[other.classes.index(name) for name in names]] = torch.arange(len(names)) + len(dataset.classes)
-    parts = {"classes": dataset.classes + names, "notes": dataset.notes + told}
+    parts = {"classes": dataset.classes + names, "notes": dataset.notes + notes}
     for x, y in ("train_x", "train_y"), ("test_x", "test_y"):
         label = rank[getattr(other, y)]
         parts[x] = torch.cat([getattr(dataset, x), getattr(other, x)[label >= 0]])
@@ -440,7 +440,7 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
-    count = (labels + 1).bincount(minlength=1)  # [0] counts the images without a label
+    count = (labels + 1).bincount(minlength=1)  # [0]: without a label
     quota = (count.double() * fraction + 0.5).floor().long()
     known = torch.zeros_like(count, dtype=torch.bool)
     known[[c + 1 for c in classes if c + 1 < len(count)]] = True

@@ -330,7 +330,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """The T (0.05..20) by which softmax(logits [N,C] / T) fits y [N] (arXiv 1706.04599)."""
     from scipy.optimize import minimize_scalar
 
-    def loss(t):
+    def loss(t):  # log T
         return F.cross_entropy(logits.clamp(-1e3) / math.exp(t), y).item() + t * t / len(y)
 
     return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
@@ -370,7 +370,8 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
     answer = [called[i] for i in place.tolist()]
     for i in (claims < memory.get("limit", -math.inf)).nonzero()[:, 0].tolist():
-        answer[i] = answer[i] if int(unit[i]) in found else "unknown"
+        if int(unit[i]) not in found:
+            answer[i] = "unknown"
     return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
 
 
@@ -386,7 +387,7 @@ BLOCKS = (  # of summary.json, as compared
 METRICS = sum(BLOCKS, [])
 
 
-def told(key, value):
+def metric(key, value):
     """A metric as text."""
     if value is None or value != value:
         return "-"
@@ -402,7 +403,7 @@ def log_header() -> str:
     return f"{line}  accuracy    old    new   open  pruned  img/s    left"
 
 
-def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
+def log_line(rows: Rows, epochs: int, events: Rows) -> str:
     """The last row of log.csv and events."""
     row, pace = rows[-1], mean(row["seconds"] for row in rows[-5:])
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
@@ -423,7 +424,7 @@ def log_line(rows: Rows, epochs: int, events: Rows = ()) -> str:
 def describe(summary: dict, images: int, known: int) -> str:
     """A run's metrics as text."""
     keys = [key for key in METRICS if key in summary and (summary[key] is not None or "gcd" not in key)]
-    lines = [f"{key:20s}{told(key, summary[key]):>10s}" for key in keys]
+    lines = [f"{key:20s}{metric(key, summary[key]):>10s}" for key in keys]
     return "\n".join([f"{images:,} training images; old: the first {known} classes", *lines])
 
 
@@ -459,7 +460,7 @@ def say_once(text):
 
 
 @contextmanager
-def figure(path, width, height, rows=1, columns=1, **options):
+def figure(path, width, height, rows=1, **options):
     """A figure of so many inches, written to path."""
     from matplotlib import figure, font_manager, rc_context
 
@@ -468,7 +469,7 @@ def figure(path, width, height, rows=1, columns=1, **options):
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", "Glyph")
         fig = figure.Figure((width, height), layout="constrained")
-        yield fig, fig.subplots(rows, columns, **options)
+        yield fig.subplots(rows, **options)
         fig.savefig(path, dpi=150, bbox_inches="tight")
     if caught:
         say_once("note: no installed font has all characters of names; try Noto Sans CJK")
@@ -503,7 +504,7 @@ def draw_curves(rows, classes, path):
     some = dict(old_accuracy="the old classes", new_accuracy="the late classes")
     each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
     panels = some if many else each, {f"loss_{term}": term for term in TERMS}, shares
-    with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as (_, axes):
+    with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as axes:
         plot(axes[0], rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5)
         for ax, columns in zip(axes, panels, strict=True):
             for i, (key, label) in enumerate(columns.items()):
@@ -525,7 +526,7 @@ def draw_life(rows, events, classes, path, owner):
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
     told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
-    with figure(path, 9, 1.6 + 0.27 * len(told)) as (_, ax):
+    with figure(path, 9, 1.6 + 0.27 * len(told)) as ax:
         for line, unit in enumerate(told):
             life = [event for event in events if event["unit"] == unit]
             if not life and owner[unit] >= 0:
@@ -581,7 +582,7 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
     """
     chosen, n = np.random.default_rng(0).permutation(len(y))[:2000], len(classes)
     points, y, known, seen = project(h[chosen], method), y[chosen].cpu().numpy(), known or n, seen or n
-    with figure(path, 8 + 3 * (n > 20), 7 + 4 * (n > 20)) as (fig, ax):
+    with figure(path, 8 + 3 * (n > 20), 7 + 4 * (n > 20)) as ax:
         for c, name in enumerate(classes):
             mark = style(c) | dict(linewidth=0.5 * (c >= known), edgecolor="black")
             mark |= dict(color="#D5D5D5", edgecolor="#AAAAAA") if c >= seen else {}
@@ -591,7 +592,7 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
                 font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
                 ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
         if n <= 20:
-            fig.legend(ncol=5, loc="outside lower center")
+            ax.figure.legend(ncol=5, loc="outside lower center")
         title = f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})"
         ax.set(xticks=[], yticks=[], title=title)
 
@@ -602,8 +603,9 @@ def draw_confusion(predicted, y, classes, path):
     n, names = len(classes), [shown(name, 20) for name in classes]
     table = (y * n + predicted).bincount(minlength=n * n).view(n, n).cpu().numpy()
     share, size = 100 * table / table.sum(1, keepdims=True).clip(1), max(4.5, min(0.55 * n, 11))
-    with figure(path, size + 1, size) as (fig, ax):
-        fig.colorbar(ax.imshow(share, "cividis", vmin=0, vmax=100), shrink=0.8, label="% of the true class")
+    with figure(path, size + 1, size) as ax:
+        image = ax.imshow(share, "cividis", vmin=0, vmax=100)
+        ax.figure.colorbar(image, shrink=0.8, label="% of the true class")
         for i, j in zip(*np.nonzero(share >= 0.5), strict=True) if n <= 20 else ():
             ax.text(j, i, f"{share[i, j]:.0f}", color="black" if share[i, j] > 55 else "white", **CENTRE)
         font = dict(labels=names, fontsize=max(3, min(9, 500 / n)))
@@ -619,7 +621,7 @@ def contact_sheet(path, rows, title):
     cell, tall = (0.85, 1.42) if any(captions) else (0.45, 1.06)  # inches; in cells
     across, tops = max(6, *map(len, pictures)), np.arange(len(labels)) * tall
     margin = 0.4 + 0.085 * max(len(line) for label in labels for line in label.split("\n"))
-    with figure(path, margin + cell * across, 0.7 + cell * tall * len(labels)) as (_, ax):
+    with figure(path, margin + cell * across, 0.7 + cell * tall * len(labels)) as ax:
         for top, images, below in zip(tops, pictures, captions, strict=True):
             for j, image in enumerate(images):
                 image = F.adaptive_avg_pool2d(image.float(), min(image.shape[-1], 64)).round().byte()
@@ -748,7 +750,7 @@ def comparison_table(result):
             heads = (key.replace("semi_kmeans", "semi").replace("_per_", "/")[:13] for key in block)
             lines += ["", f"{'':{width}}runs" + "".join(f" {head:>14}" for head in heads)]
             for name, row in result.items():
-                cells = [[told(key, value) for value in spread(row[key])] for key in block]
+                cells = [[metric(key, value) for value in spread(row[key])] for key in block]
                 cells = [mean + f" ± {std}" * (std != "-") for mean, std in cells]
                 lines.append(f"{name:{width}}{row['runs']:4d}" + "".join(f" {cell:>14}" for cell in cells))
     return "\n".join(lines[1:])
@@ -756,7 +758,7 @@ def comparison_table(result):
 
 def draw_comparison(result, path):
     """Test accuracies, mean and std."""
-    with figure(path, 9, 1.6 + 0.62 * len(result)) as (_, ax):
+    with figure(path, 9, 1.6 + 0.62 * len(result)) as ax:
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
             at, label = np.arange(len(result)) + 0.2 * i - 0.3, key.replace("accuracy", "head")
@@ -794,7 +796,7 @@ def predict(source, paths, table):
     if not files:
         raise ValueError(f"{paths[0]}: no images there")
     ours = table.exists() and table.read_bytes()[:12] == b"file,answer,"
-    if ours < (table.exists() or sheet.exists()) or sheet.resolve() in map(Path.resolve, files):
+    if (table.exists() or sheet.exists()) and not ours or sheet.resolve() in map(Path.resolve, files):
         raise ValueError(f"{table} or {sheet} would be replaced; use another --out")
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
@@ -831,15 +833,15 @@ def name_units(path, pairs):
     from train import VERSION, data
 
     checkpoint, lines = data.read_checkpoint(path, VERSION), []
-    names, owners = checkpoint["names"], [*checkpoint["units"]["owner"]]
-    found = [unit for unit, owner in enumerate(owners) if owner == -1]
+    names, owners = checkpoint["names"], dict(enumerate(checkpoint["units"]["owner"]))
+    found = [unit for unit, owner in owners.items() if owner == -1]  # UNNAMED
     for pair in pairs:
         parts = re.fullmatch(r"\s*(\d{1,9})\s*=\s*([^\s=].*?)\s*", pair)
         if not parts or not parts[2].isprintable() or re.fullmatch(r"unknown|unit +\d+", parts[2]):
             raise ValueError(f"--name {pair}: write UNIT=NAME (not 'unknown', 'unit N'), as 8=wolf")
         unit, name = int(parts[1]), parts[2]
         if unit not in found:
-            state = {-2: "free", None: "not there"}.get(dict(enumerate(owners)).get(unit), "a class's")
+            state = {-2: "free", None: "not there"}.get(owners.get(unit), "a class's")
             raise ValueError(f"--name {pair}: unit {unit} is {state}; without a class are: {found or 'none'}")
         others = [f", as unit {u} does" for u, known in enumerate(names) if known == name and u != unit]
         names[unit] = checkpoint.setdefault("given", {})[unit] = name

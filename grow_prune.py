@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 EVENT = ("epoch", "event", "unit", "class", "count", "purity")  # columns of events.csv
-UNNAMED, FREE = -1, -2  # owners without a class: a kind without a name; nothing
+UNNAMED, FREE = -1, -2  # owners that are no class: a kind without a name; nothing
 UNKNOWN = -3  # vote of an image that no unit explains
 
 
@@ -103,9 +103,10 @@ def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> N
 @torch.no_grad()
 def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> None:
     """Reset a unit as if it were new. IndexError if there is no such unit, ValueError as `grow_head`."""
-    states, units = states_of(linear_of(head), optimizer), linear_of(head).out_features
-    if not 0 <= unit < units:
-        raise IndexError(f"no unit {unit} in a head of {units}")
+    head = linear_of(head)
+    states = states_of(head, optimizer)
+    if not 0 <= unit < head.out_features:
+        raise IndexError(f"no unit {unit} in a head of {head.out_features}")
     for p, state in states.items():
         p[unit] = random_rows(p, 1, torch.cat([p[:unit], p[unit + 1 :]]))[0]
         for value in (p.grad, *state.values()):
@@ -133,7 +134,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     rivals = rest if rivals is None else rest & rivals
     length = weight[rest].float().norm(dim=1).mean() if rest.any() else 1.0
     own = F.normalize(h.float(), dim=1).mean(0)
-    weight[unit] = (F.normalize(own, dim=0) * length).to(weight.dtype)
+    weight[unit] = F.normalize(own, dim=0) * length
     if bias is None:
         return
     bias[unit] = 0
@@ -142,7 +143,7 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     best, kind = head_logits(head, others).masked_fill(~rivals, -math.inf).max(1)  # (m), (m)
     before = head_logits(head, h)[:, unit].mean()
     direction = discriminant(own, F.normalize(others.float(), dim=1), kind)
-    weight[unit] = (F.normalize(direction, dim=0) * length).to(weight.dtype)
+    weight[unit] = F.normalize(direction, dim=0) * length
     margin = (head_logits(head, others)[:, unit] - best).quantile(1 - tolerance, interpolation="higher")
     bias[unit] = torch.minimum(before - head_logits(head, h)[:, unit].mean(), -margin - 1e-4)
 
@@ -273,14 +274,15 @@ class ConfusionMonitor:
             similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
             if similar.max() < at_least:
                 break
-            alike = rows @ rows[similar.argmax()] > reach**2  # (A)
+            alike = rows @ rows[similar.argmax()] > reach**2  # (A), to the one with most
             inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
             centre = F.normalize(rows[inside].mean(0), dim=0)
-            near, found = around(h, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
-            group, expected = again[near[again]], (near.sum() + found) * len(known) / named
-            by_chance = torch.special.gammaincc(found + 1.0, expected)  # Poisson: `found` or fewer
+            near, labels = around(h, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
+            expected = (near.sum() + labels) * len(known) / named
+            by_chance = torch.special.gammaincc(labels + 1.0, expected)  # Poisson: `labels` or fewer
+            group = again[near[again]]
             group = group[h[group] @ centre > reach]  # (G)
-            if len(group) >= at_least and found <= 2 / 3 * expected and by_chance <= chance:
+            if len(group) >= at_least and labels <= 2 / 3 * expected and by_chance <= chance:
                 self.cooldown_left = self.cooldown + 1
                 return group
             again = again[~(alike | (rows @ centre > reach**2))]
@@ -443,12 +445,12 @@ class HeadManager:
         unclaimed = claims < limit
 
         self.units.age = [age + 1 for age in self.units.age]
-        leaking = pool.taught_before[self.y[self.final & ~pool.labelled_before]].any()
-        afresh, monitor.settled = not (leaking or monitor.settled), not leaking
-        for unit in self.units.unnamed() if afresh else ():
-            if unit not in self.given:  # provisional until now
+        leaking = pool.taught_before[self.y[self.final & ~pool.labelled_before]].any()  # more to come
+        if not (leaking or monitor.settled):
+            for unit in sorted({*self.units.unnamed()} - {*self.given}):  # provisional until now
                 monitor.streak[concept == unit], monitor.cooldown_left = monitor.patience, 0
                 self.release(unit)
+        monitor.settled = not leaking
         self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf

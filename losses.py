@@ -161,7 +161,7 @@ def kmeans(
         centres = torch.where(count > 0, total / count.clamp(min=1), centres)
         if (n := len(centres)) > k:
             near = [(1 / torch.cdist(centres[p], centres)).tril(p.start - 1).amax(1) for p in chunks(n, n)]
-            cost = count[:, 0] / torch.cat(near).square()  # count distance**2
+            cost = count[:, 0] / torch.cat(near).square()  # count distance**2; tril: to an earlier one
             centres = centres[cost.topk(max(k, n // 2)).indices]
     return nearest_centre(x, centres), centres
 
@@ -172,8 +172,8 @@ def clusterings(
     """`repeats` k-means clusterings of the active rows (bool [N]): int64 [repeats,N], -1 where not active."""
     check(rows=(rows, "N D float"), active=(active, "N bool"), repeats=repeats)
     clusters = torch.full((repeats, len(rows)), -1, device=rows.device)
-    for h in range(repeats):
-        clusters[h, active] = kmeans(rows[active], k, generator=generator)[0]
+    for i in range(repeats):
+        clusters[i, active] = kmeans(rows[active], k, generator=generator)[0]
     return clusters
 
 
@@ -240,7 +240,7 @@ def local_aggregation(
     both = ((clusters.T[near.clamp(min=0)] == own) & (own >= 0)).any(2) & there
     both[:, 0] |= there[:, 0] & ~both.any(1)
     similarity = similarity.float() / temperature
-    # Not -inf: its gradient is not a number in a row without neighbours.
+    # Not -inf: its gradient is NaN in a row without neighbours.
     total = similarity.masked_fill(~there, -1e4).logsumexp(1)
     agree = similarity.masked_fill(~both, -1e4).logsumexp(1)
     return reduce(total - agree, reduction)
@@ -285,8 +285,8 @@ def propagate_labels(
     n, known, rows = len(bank_rows), labelled.nonzero()[:, 0], bank_rows.float()
     if not len(known):
         return torch.full_like(labels, -1), torch.zeros_like(rows[:, 0])
-    voters, y = rows[known], labels[known]
-    classes = len(balance) if torch.is_tensor(balance) else int(y.max()) + 1
+    voters, y, aligned = rows[known], labels[known], torch.is_tensor(balance)
+    classes = len(balance) if aligned else int(y.max()) + 1
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"labels must be in 0..{classes - 1} where labelled")
 
@@ -295,14 +295,14 @@ def propagate_labels(
         for part in chunks(len(known), n):
             similarity = product(voters[part], rows.T).scatter_(1, known[part, None], -math.inf)
             weight[part] = -(similarity.topk(min(density_k, n - 1), dim=1).values / temperature).logsumexp(1)
-    if torch.is_tensor(balance) or balance:
+    if aligned or balance:
         weight -= y.bincount()[y].log()
 
     votes = torch.zeros(n, classes, device=rows.device)
     for part in chunks(n, len(known)):
         similarity, near = product(rows[part], voters.T).topk(min(k, len(known)), dim=1)  # (b, k)
         votes[part].scatter_add_(1, y[near], (similarity / temperature + weight[near]).softmax(1))
-    if torch.is_tensor(balance):
+    if aligned:
         votes = align(votes, balance)
     confidence, pseudo = votes.max(1)
     pseudo[known], confidence[known] = y, 1.0

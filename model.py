@@ -6,7 +6,7 @@
     network = load("RUN")                           # what a run has learned
     torch.save(pack(compact(network)), "small.pt")  # without its dead filters; load reads this too
 
-It normalises the images.
+It normalises images.
 """
 
 import copy
@@ -273,7 +273,7 @@ def recompute_batchnorm(network: nn.Module, x: Tensor, bf16: bool = False) -> No
         raise ValueError(f"x must be uint8, not {x.dtype}")
     if len(x) < 2:
         return
-    parts = x.tensor_split(max(-(-len(x) // 512), x.numel() >> 22))
+    parts = x.tensor_split(max((len(x) + 511) // 512, x.numel() >> 22))
     batches = (part.float().div_(255).contiguous(memory_format=torch.channels_last) for part in parts)
     fresh = copy.deepcopy(network)  # a failure leaves it alone
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):

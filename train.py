@@ -60,13 +60,15 @@ class State:
             owner = [classes.index(name) if name else grow_prune.FREE for name in earlier.names]
         self.ema = copy.deepcopy(self.network)
         self.optimizer = model.configure_optimizer(self.network, args.lr)
-        self.bank, self.bf16 = losses.MemoryBank(len(y), 128, device=y.device), model.supports_bf16(y.device)
+        self.bank = losses.MemoryBank(len(y), 128, device=y.device)
+        self.bf16 = bf16 = model.supports_bf16(y.device)
         self.rows, self.first_sight = [], {}
         self.before = self.answering = None
-        networks, count = (self.network, self.ema, self.optimizer), max(3000, 60 * len(classes))
-        parts = y, data.sample(y >= -1, count, args.seed), classes, owner, args.seed
-        embed = partial(evaluate.embed, bf16=self.bf16)
-        self.head = grow_prune.HeadManager(networks, lambda n, i: embed(n, x[i]), *parts)
+        watched = data.sample(y >= -1, max(3000, 60 * len(classes)), args.seed)
+        networks = self.network, self.ema, self.optimizer
+        self.head = grow_prune.HeadManager(
+            networks, lambda n, i: evaluate.embed(n, x[i], bf16=bf16), y, watched, classes, owner, args.seed
+        )
 
     def embed(self, x: Tensor, part: str = "h") -> Tensor:
         """What the EMA makes of x [N,3,H,W]."""
@@ -118,8 +120,9 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         balance = count + (count > 0).float() if align else True
         features = F.normalize(torch.cat([rows[members], h[members]], 1))  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
-        about = features, voted, voted >= 0
-        unit, sure = losses.propagate_labels(*about, k=50, temperature=0.1, balance=balance)
+        unit, sure = losses.propagate_labels(
+            features, voted, voted >= 0, k=50, temperature=0.1, balance=balance
+        )
         pseudo[members] = unit.masked_fill(unit == unknown, -1)
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
     label = torch.where(pool.labelled, votes, -1)
@@ -161,9 +164,9 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     state.optimizer.step()
     grow_prune.apply_masks(state.network.encoder, state.masks)
     model.update_ema(state.ema, state.network, decay)
-    bank.update(index, z1.detach() + z2.detach())
+    bank.update(index, z1 + z2)
     if mix["propagation"] or mix["supervised"]:
-        state.head.units.observe(logits.detach().masked_fill(~in_use, -math.inf).softmax(1))
+        state.head.units.observe(logits.masked_fill(~in_use, -math.inf).softmax(1))
     return torch.stack([*terms.values()]).detach()
 
 
@@ -176,9 +179,11 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     size = min(args.batch_size, max(2, len(y)))
     steps = max(math.ceil(len(y) / size), args.min_steps)
     known, most = args.known_classes, len(classes) - args.never_named
-    options = (max(args.epochs, 2), len(classes), known, args.label_budget, args.prune)
-    stages = [curriculum.stage(args.curriculum, e, *options) for e in range(options[0])][-args.epochs :]
-    stages = curriculum.going_on(stages) if args.taught else stages
+    epochs = max(args.epochs, 2)  # one: the last of 2
+    options = (epochs, len(classes), known, args.label_budget, args.prune)
+    stages = [curriculum.stage(args.curriculum, e, *options) for e in range(epochs)][-args.epochs :]
+    if args.taught:
+        stages = curriculum.going_on(stages)
     least = int(y.min()) + 1  # the pool needs an image
     stages = [replace(s, classes=max(s.classes, least), named=min(s.named, most)) for s in stages]
     taught = torch.tensor([name in args.taught for name in classes], device=device)
@@ -199,9 +204,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         state.before = evaluate.fraction(right(taught), taught[dataset.test_y])
 
     def save() -> None:
-        about = dict(version=VERSION, args=vars(args), fingerprint=fingerprint)
-        about |= {"names": head.names(pool.taught)} | state.state_dict()
-        data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about))
+        about = dict(version=VERSION, args=vars(args), fingerprint=fingerprint, names=head.names(pool.taught))
+        data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about | state.state_dict()))
 
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
@@ -215,7 +219,8 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     print(*map(data.printable, dataset.notes + notes), f"\n{evaluate.log_header()}", sep="\n")
     for epoch in range(len(state.rows), args.epochs):
         start, stage, pool, head.epoch = time.perf_counter(), stages[epoch], pools[epoch], epoch + 1
-        off = ["propagation"] * head.lacks_labels(pool) if pool.taught.any() else TERMS[2:]
+        off = [] if pool.taught.any() else ["propagation", "supervised"]
+        off += ["propagation"] * head.lacks_labels(pool)
         mix = stage.mix | dict.fromkeys(off, 0.0)
         seed = (args.seed << 20) + epoch
         torch.manual_seed(seed)
@@ -246,14 +251,14 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         # 3. Steps; on a GPU as CUDA graphs.
         state.network.train()
         record = torch.zeros(steps, len(TERMS), device=device)
-        drawn = (pool.active, pool.labelled, size, steps, stage.labelled_share, on_cpu)
-        batches = tqdm(data.batches(*drawn), f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
-        seen = replace(dataset, scale=max(dataset.scale, (stage.crop, 1.0)))
+        batches = data.batches(pool.active, pool.labelled, size, steps, stage.labelled_share, on_cpu)
+        bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, delay=2, disable=None)
+        seen = replace(dataset, scale=(max(dataset.scale[0], stage.crop), 1.0))
         one = partial(train_step, state, seen, targets, 1 - 1 / steps, generator)
         turns = [partial(one, turn) for turn in range(losses.searched(len(y))[1])]
         if device.type == "cuda":
             turns = model.capture(turns, state.optimizer, generator)
-        for step, index in enumerate(batches):
+        for step, index in enumerate(bar):
             rate = curriculum.learning_rate((epoch + step / steps) / args.epochs, args.lr)
             model.set_learning_rate(state.optimizer, rate)
             record[step] = turns[step % len(turns)](index)
@@ -291,7 +296,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
-        asked = data.sample(dataset.test_y >= 0, max(fixed, last * len(dataset.test_y)), seed=0)
+        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else fixed, seed=0)
         test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]
         unit, guess = head.predict(test_h, taught)
         nameable = test_y < len(taught) - args.never_named
@@ -305,8 +310,8 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
             if last and named.any():  # trained ones claim more
                 limit = min(limit, claims[named].quantile(0.05).item())
-            state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
-            state.answering["h"] = near_h.half()
+            memory = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0, h=near_h.half())
+            state.answering = memory
             if args.curriculum == "gradual":
                 parts = guess == test_y, named, named | (test_y < stage.classes)
                 row |= evaluate.open_set(claims, limit, torch.isin(unit, unit.new_tensor(unnamed)), *parts)
@@ -329,11 +334,12 @@ def check_finite(record: Tensor, network, epoch: int) -> None:
 def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     """Figures and pictures."""
     head, rows, pool, classes = state.head, state.rows, pools[-1], dataset.classes
-    y, test_y, taught, told = dataset.train_y, dataset.test_y, pool.taught, state.answering
+    y, test_y, taught, memory = dataset.train_y, dataset.test_y, pool.taught, state.answering
     train_h, test_h = state.embed(dataset.train_x), state.embed(dataset.test_x)  # (N, D), (T, D)
     most = len(classes) - args.never_named
+    old = min(args.known_classes, most)
     budget = data.label_mask(leak, y, args.label_budget, range(most))
-    parts = (train_h, y), (test_h, test_y), budget, rows, classes[: args.known_classes][:most]
+    parts = (train_h, y), (test_h, test_y), budget, rows, classes[:old]
     summary = evaluate.final_metrics(*parts) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
@@ -348,28 +354,28 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.gcd_accuracy(unit[hidden], y[hidden], new[hidden])
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
-    if told and len(named) > 1:
-        memory = told["h"].to(test_h), told["labelled"].to(y.device)
+    if memory and len(named) > 1:
+        near = memory["h"].to(test_h), memory["labelled"].to(y.device)
         fit, held = named[::2], named[1::2]
-        told["temperature"] = evaluate.fit_temperature(log_p[fit], test_y[fit])
-        for key, temperature in ("_before", 1.0), ("", told["temperature"]):
+        memory["temperature"] = evaluate.fit_temperature(log_p[fit], test_y[fit])
+        for key, temperature in ("_before", 1.0), ("", memory["temperature"]):
             sure, best = (log_p[held] / temperature).softmax(1).max(1)
             summary[f"calibration_error{key}"] = evaluate.calibration_error(sure, best == test_y[held])
     save()
     data.write_json(f"{args.out}/summary.json", summary)
-    print(f"\n{evaluate.describe(summary, len(y), min(args.known_classes, most))}\n")
+    print(f"\n{evaluate.describe(summary, len(y), old)}\n")
 
     draw, out, late = evaluate.attempt, Path(args.out), (stages[0].classes, stages[-1].classes)
     draw(evaluate.draw_curves, rows, classes, out / "curves.png")
     draw(evaluate.draw_embedding, test_h, test_y, classes, out / "embedding.png", args.embedding, *late)
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
-    if told and len(named) > 1:
+    if memory and len(named) > 1:
         draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
-        sure = (log_p / told["temperature"]).softmax(1)[:, : len(classes)].amax(1)
+        sure = (log_p / memory["temperature"]).softmax(1)[:, : len(classes)].amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
-        unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *memory) < told["limit"])
+        unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *near) < memory["limit"])
         unit = unit.masked_fill(~pool.active | unknown & ~torch.isin(unit, unit.new_tensor(unnamed)), -1)
         sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
         draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
@@ -381,6 +387,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
 
 # ---- command line ----
 
+# name, range or type=default: help
 FLAGS = """
 --curriculum =gradual: what is taught when, or all
 --label-budget 0.0..1.0: share of labels that leak in; 0.1, or 1 with unlabelled/
@@ -408,7 +415,7 @@ FLAGS = """
 --embedding =tsne: of embedding.png
 --out PATH: run folder; in runs/
 --resume RUN: runs to continue
-"""  # name, range or type=default: help
+"""
 
 
 def within(bounds: str):
@@ -466,9 +473,12 @@ def load(args) -> data.Dataset:
     taught, least = args.taught, 2 - bool(args.inject or args.taught)
     dataset = data.load_dataset(args.dataset, args.data_dir, True, args.image_size, least)
     own = dataset.classes
-    dataset = data.inject(dataset, args.inject, args.data_dir) if args.inject else dataset
-    dataset = data.hold_out(dataset) if args.validate else dataset
-    dataset = data.class_subset(dataset, args.per_class, args.seed) if args.per_class else dataset
+    if args.inject:
+        dataset = data.inject(dataset, args.inject, args.data_dir)
+    if args.validate:
+        dataset = data.hold_out(dataset)
+    if args.per_class:
+        dataset = data.class_subset(dataset, args.per_class, args.seed)
     late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
         raise ValueError(f"--late: {sorted(wrong)} must be classes, and new")
@@ -498,8 +508,8 @@ def setup(args, argv: list[str]) -> tuple:
     """Settings, data, checkpoint, earlier network; a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
-        given = args.model or args.image_size or args.known_classes
-        if args.late and args.known_classes or args.origin and given:
+        shape = args.model or args.image_size or args.known_classes
+        if args.late and args.known_classes or args.origin and shape:
             raise ValueError("--late decides --known-classes; --from decides --model, --image-size and it")
     else:
         given = {flag.partition("=")[0] for flag in argv}
@@ -526,7 +536,8 @@ def setup(args, argv: list[str]) -> tuple:
     network = model.build(args.model, 1, image_size=args.image_size)
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
-    dataset, room = load(args), torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else math.inf
+    dataset = load(args)
+    room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else math.inf
     data.check_room(len(dataset.train_x) + len(dataset.test_x), args.image_size, room)
     dataset = dataset.to(device)
     if saved and (before := saved["fingerprint"]) != (now := data.fingerprint(dataset)):
