@@ -425,7 +425,7 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 def leak_order(labels: Tensor, seed: int) -> Tensor:
     """Each image's place in the random order in which its class's labels leak: int64 [N]; N for label -1."""
     y = labels.cpu() + 1
-    key = torch.rand(len(y), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    key = torch.rand(len(y), generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
     index = torch.from_numpy(np.lexsort((key, y)))  # by class, then by key
     count = y.bincount()
     order = torch.empty_like(index)
@@ -443,7 +443,7 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     count = (labels + 1).bincount(minlength=1)  # [0]: without a label
     quota = (count.double() * fraction + 0.5).floor().long()
     known = torch.zeros_like(count, dtype=torch.bool)
-    known[[c + 1 for c in classes if c + 1 < len(count)]] = True
+    known[[int(c) + 1 for c in classes if c + 1 < len(count)]] = True
     return (order < quota[labels + 1]) & known[labels + 1]
 
 
@@ -509,8 +509,8 @@ def batches(active: Tensor, labelled: Tensor, size: int, steps: int, labelled_sh
 
 def reorder(dataset: Dataset, order: Sequence[int]) -> Dataset:
     """The data set with its classes in `order`: order[0] becomes 0."""
-    rank = torch.tensor([*torch.as_tensor(order).argsort(), -1], device=dataset.train_y.device)
     classes = [dataset.classes[c] for c in order]
+    rank = torch.tensor([*map(classes.index, dataset.classes), -1], device=dataset.train_y.device)
     return replace(dataset, train_y=rank[dataset.train_y], test_y=rank[dataset.test_y], classes=classes)
 
 

@@ -105,7 +105,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(train_h, weight, bias), train_y) + l2 * weight.square().sum()
+        loss = F.cross_entropy(F.linear(train_h, weight, bias), train_y.long()) + l2 * weight.square().sum()
         loss.backward()
         return loss
 
@@ -353,7 +353,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     """
     from train import grow_prune, model
 
-    memory, names = network.answering or {}, network.names
+    memory, names = network.answering or {}, network.names or ()
     found = set(memory.get("unnamed", ()))
     in_use = [unit for unit, name in enumerate(names) if name or unit in found]
     if not in_use:
@@ -775,7 +775,7 @@ def draw_comparison(result, path):
 
 
 def write_compact(source, path):
-    """Write a network without dead filters; compare both."""
+    """Write a network without dead filters."""
     from train import data, model
 
     whole = model.load(source)
@@ -897,7 +897,7 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
-    except (ValueError, OSError, RuntimeError, csv.Error, KeyboardInterrupt) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, csv.Error, KeyboardInterrupt) as error:
         print(f"evaluate.py: error: {' '.join(f'{error}'.split()) or 'stopped'}", file=sys.stderr)
         return 2
     return 0

@@ -28,12 +28,12 @@ UNKNOWN = -3  # vote of an image that no unit explains
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """Switch autocast off inside a function: its float32 stays float32."""
+    """Switch autocast and gradients off inside a function: its float32 stays float32."""
 
     @wraps(function)
     def wrapped(*args, **kwargs):
         device = next((x.device.type for x in (*args, *kwargs.values()) if torch.is_tensor(x)), "cpu")
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), torch.no_grad():
             return function(*args, **kwargs)
 
     return wrapped
@@ -114,7 +114,6 @@ def recycle_unit(head: nn.Module, optimizer: Optimizer | None, unit: int) -> Non
                 value[unit] = 0
 
 
-@torch.no_grad()
 @outside_autocast
 def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float = 0.03, rivals=None) -> None:
     """Point a unit at embeddings h [n,D] of its class, which can then be predicted at once.
@@ -328,11 +327,13 @@ def resemblance(h: Tensor, y: Tensor) -> float:
     return float(cosine.quantile(0.25)) if len(cosine) else 1.0
 
 
+@outside_autocast
 def separation(a: Tensor, b: Tensor) -> float:
     """How far groups [n,D] and [m,D] are apart on the line between their means, in standard deviations.
 
     Ashman, Bird & Zepf 1994 (arXiv astro-ph/9408030). Halves of one kind are 3 to 4 apart.
     """
+    a, b = a.float(), b.float()
     line = a.mean(0) - b.mean(0)
     spread = sum(((x - x.mean(0)) @ line).square().mean() for x in (a, b)) / 2
     return float(line @ line / spread.sqrt())
@@ -399,7 +400,6 @@ class HeadManager:
         row = (self.epoch, event, unit, None if c is None else self.classes[c], count, purity)
         self.events.append(dict(zip(EVENT, row, strict=True)))
 
-    @torch.no_grad()
     @outside_autocast
     def logits(self, h: Tensor, taught: Tensor) -> Tensor:
         """Logits [N,U] of the EMA for embeddings h [N,D]; -inf for the units that are not in use."""
@@ -424,7 +424,6 @@ class HeadManager:
         count = self.y[pool.labelled].bincount(minlength=len(pool.taught))
         return bool((pool.taught & (count == 0)).any())
 
-    @torch.no_grad()
     @outside_autocast
     def discover(self, pool, h: Tensor) -> Tensor:
         """Give each kind that no label claims, epoch after epoch, a unit without a name; review these units.
@@ -542,7 +541,6 @@ class HeadManager:
         rivals = self.units.in_use(pool.taught_before)  # (U)
         imprint(self.ema.head, unit, self.embed(self.ema, index), other_h, rivals=rivals)
 
-    @torch.no_grad()
     @outside_autocast
     def name_class(self, pool, c: int, votes: Tensor, h: Tensor | None) -> None:
         """Give class c, whose first labels are here, a unit; votes int64 [N]: from `discover`, changed.
@@ -632,7 +630,7 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
     """Zero the fraction `share` (0..1) of a chain's filters with the smallest norm, and their batch norm.
 
     The last layer is kept. Norms are relative to their layer's mean; its largest filter stays. Returns masks
-    for `apply_masks`. Raises ValueError outside 0..1 and without a chain.
+    for `apply_masks`. ValueError outside 0..1 and without a chain.
     """
     layers, weights = filter_layers(model), prunable(model)
     norms = [weights[f"{conv}.weight"].flatten(1).norm(dim=1) for conv, _ in layers]
@@ -650,7 +648,7 @@ def prune_filters(model: nn.Module, share: float) -> dict[str, Tensor]:
 def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """Prune a share of whole filters and then the smallest weights; the masks keep no more than `before`.
 
-    Raises ValueError before anything is pruned.
+    ValueError before anything is pruned.
     """
     for share in (sparsity, filters):
         smallest([], share)
@@ -677,7 +675,7 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         if p is None or p.shape[1:] != mask.shape[1:] or len(p) < len(mask):
             raise ValueError(f"the mask '{name}' {list(mask.shape)} fits no parameter")
     for name, mask in masks.items():
-        parameters[name][: len(mask)].mul_(mask)
+        parameters[name][: len(mask)].masked_fill_(~mask, 0)
 
 
 def sparsity_of(model: nn.Module) -> float:

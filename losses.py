@@ -132,7 +132,7 @@ class MemoryBank:
         count = torch.zeros_like(z[:, 0]).index_add_(0, group, torch.ones_like(z[:, 0]))
         mean = total[group] / count[group, None]
         old = take(self.rows, index)
-        self.rows[index] = F.normalize(self.momentum * old + (1 - self.momentum) * mean, dim=1)
+        self.rows[index] = F.normalize(self.momentum * old + (1 - self.momentum) * mean, dim=1).to(old)
 
 
 def nearest_centre(x: Tensor, centres: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def neighbours(
     take(active, index)  # refuses an index out of range
     z, first = z.float(), turn % every
     number = torch.arange(first, len(bank.rows), every, device=z.device)
-    rows, there = bank.rows[first::every], active[first::every]
+    rows, there = bank.rows[first::every].float(), active[first::every]
     with torch.no_grad():
         near = torch.empty(len(z), min(k, len(rows)), dtype=torch.long, device=z.device)
         for part in chunks(len(z), len(rows)):

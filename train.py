@@ -602,9 +602,8 @@ def main(argv: list[str] | None = None, **changes) -> int:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         args = make_parser().parse_args(argv)
-        if args.resume is not None and not changes:
-            begun = sorted(Path(args.resume or args.out or ".").glob("*/args.json"), key=os.path.getmtime)
-            if begun:
+        if args.resume is not None and not (changes or made_with(out := args.resume or args.out or ".")):
+            if begun := sorted(Path(out).glob("*/args.json"), key=os.path.getmtime):
                 argv = [*made_with(begun[-1].parent).get("command", []), *argv]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
@@ -618,7 +617,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
         return 0
     except KeyboardInterrupt:
         problem, status = "stopped", 130
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         problem = f"error: {data.reason(error)}"
         way_on *= not isinstance(error, FloatingPointError)
     print(f"train.py: {problem}{way_on}", file=sys.stderr)
