@@ -378,7 +378,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
 # ---- lines for the screen ----
 
 TERMS = ("ntxent", "aggregation", "propagation", "supervised")
-BLOCKS = (  # of summary.json, as compared
+BLOCKS = (  # of summary.json, compared
     "accuracy old_accuracy new_accuracy first_sight probe probe_leaked knn forgetting".split(),
     "ari nmi silhouette novelty_auroc sparsity labels_used label_epochs images_per_second seconds".split(),
     "concepts concepts_true gcd_all gcd_old gcd_new "
@@ -616,7 +616,7 @@ def draw_confusion(predicted, y, classes, path):
 
 
 def contact_sheet(path, rows, title):
-    """Rows of images: (label, uint8 [n,3,H,W]), or also n captions below them."""
+    """Rows of images: (label, uint8 [n,3,H,W]), or also n captions below."""
     labels, pictures, captions = zip(*((*row, ())[:3] for row in rows or [("none", ())]), strict=True)
     cell, tall = (0.85, 1.42) if any(captions) else (0.45, 1.06)  # inches; in cells
     across, tops = max(6, *map(len, pictures)), np.arange(len(labels)) * tall
@@ -689,10 +689,10 @@ def read_runs(path):
             runs = [({k[5:]: v for k, v in row.items() if k[:5] == "args."} or row, row) for row in rows]
         else:
             runs = [tuple(json.loads((path / n).read_text("utf-8")) for n in ("args.json", "summary.json"))]
+        if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
+            raise ValueError("settings or figures are missing")
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a finished run ({' '.join(str(error).split())})") from None
-    if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
-        raise ValueError(f"{path}: not a run or table of runs")
+        raise ValueError(f"{path}: no finished run or table ({' '.join(str(error).split())})") from None
     return runs
 
 
