@@ -418,8 +418,8 @@ def inject(dataset: Dataset, spec: str, root="data") -> Dataset:
 
 
 def class_order(num_classes: int, seed: int) -> list[int]:
-    """The order of classes: a seeded permutation."""
-    return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    """The order of classes: a permutation."""
+    return torch.randperm(num_classes, generator=torch.Generator().manual_seed(int(seed))).tolist()
 
 
 def leak_order(labels: Tensor, seed: int) -> Tensor:
@@ -484,7 +484,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay, ta
 def sample(mask: Tensor, count: int, seed: int) -> Tensor:
     """At most `count` random places where mask (bool [N]) is True, by a seed: int64."""
     index = mask.nonzero()[:, 0]
-    chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count]
+    chosen = torch.randperm(len(index), generator=torch.Generator().manual_seed(int(seed)))[:count]
     return index[chosen.to(mask.device)]
 
 
