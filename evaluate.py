@@ -757,7 +757,7 @@ def comparison_table(result):
 
 
 def draw_comparison(result, path):
-    """Test accuracies, mean and std."""
+    """Accuracies, mean, std."""
     with figure(path, 9, 1.6 + 0.62 * len(result)) as ax:
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
@@ -881,7 +881,7 @@ def act(args):
 
 
 def main(argv=None):
-    """The command line. Exit status 0, or 2: an error."""
+    """The command line. Status 0; 2: error."""
 
     def fail(message):
         raise ValueError(message)
@@ -897,7 +897,7 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
         print(act(parser.parse_args(argv)))
-    except (ValueError, TypeError, OSError, RuntimeError, csv.Error, KeyboardInterrupt) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, csv.Error, KeyboardInterrupt) as error:
         print(f"evaluate.py: error: {' '.join(f'{error}'.split()) or 'stopped'}", file=sys.stderr)
         return 2
     return 0

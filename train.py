@@ -596,7 +596,7 @@ def several(args, argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None, **changes) -> int:
-    """Train. Exit status: 0; 2: an error; 130: stopped."""
+    """Train. Status 0; 2: error; 130: stop."""
     argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
@@ -617,7 +617,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
         return 0
     except KeyboardInterrupt:
         problem, status = "stopped", 130
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         problem = f"error: {data.reason(error)}"
         way_on *= not isinstance(error, FloatingPointError)
     print(f"train.py: {problem}{way_on}", file=sys.stderr)
