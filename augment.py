@@ -3,7 +3,7 @@
 Images are uint8 in 0..255 or floating point in 0..1, [B,C,H,W] with C = 3 or 1; results are float32 in 0..1.
 All run on the device of the images, draw from a generator on it, pass gradients, and agree with torchvision's
 functional transforms image by image. (Its random transforms draw one set of parameters for a whole batch.)
-Wrong shapes, dtypes and ranges raise ValueError.
+Wrong shapes, dtypes, p, scales raise ValueError.
 
     view1, view2 = two_views(images)      # the two strong views of SimCLR
     view = weak(images)                   # a shifted and perhaps mirrored copy

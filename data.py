@@ -424,7 +424,7 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 
 def leak_order(labels: Tensor, seed: int) -> Tensor:
     """Each image's place in the random order in which its class's labels leak: int64 [N]; N for label -1."""
-    y = labels.cpu() + 1
+    y = labels.cpu().long() + 1
     key = torch.rand(len(y), generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
     index = torch.from_numpy(np.lexsort((key, y)))  # by class, then by key
     count = y.bincount()
@@ -440,11 +440,12 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
-    count = (labels + 1).bincount(minlength=1)  # [0]: without a label
-    quota = (count.double() * fraction + 0.5).floor().long()
+    y = labels.long() + 1
+    count = y.bincount(minlength=1)  # [0]: no label
+    quota = (count.double() * fraction + 0.5).long()
     known = torch.zeros_like(count, dtype=torch.bool)
-    known[[int(c) + 1 for c in classes if c + 1 < len(count)]] = True
-    return (order < quota[labels + 1]) & known[labels + 1]
+    known[[int(c) + 1 for c in classes if 0 <= c < len(count) - 1]] = True
+    return (order < quota[y]) & known[y]
 
 
 @dataclass

@@ -97,7 +97,8 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
         held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
         parts = train_h[rest], train_y[rest], train_h[held], train_y[held]
         l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value))
-    mean, std = train_h.mean(0), train_h.std(0, correction=0).clamp(min=1e-6)
+    mean = train_h.mean(0)
+    std = train_h.std(0, correction=0).maximum(1e-6 * mean.abs()).clamp(1e-30)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
     weight = train_h.new_zeros(int(train_y.max()) + 1, train_h.shape[1], requires_grad=True)
     bias = train_h.new_zeros(len(weight), requires_grad=True)
@@ -330,8 +331,10 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     """The T (0.05..20) by which softmax(logits [N,C] / T) fits y [N] (arXiv 1706.04599)."""
     from scipy.optimize import minimize_scalar
 
+    logits = logits.log_softmax(1).clamp(-1e3)
+
     def loss(t):  # log T
-        return F.cross_entropy(logits.clamp(-1e3) / math.exp(t), y).item() + t * t / len(y)
+        return F.cross_entropy(logits / math.exp(t), y).item() + t * t / len(y)
 
     return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
 
@@ -355,7 +358,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
 
     memory, names = network.answering or {}, network.names or ()
     found = set(memory.get("unnamed", ()))
-    in_use = [unit for unit, name in enumerate(names) if name or unit in found]
+    in_use = [u for u, name in enumerate(names) if name or u in found]
     if not in_use:
         raise ValueError("network has no unit with a name: it was trained without labels")
     h = embed(network, x, batch_size=batch_size, bf16=model.supports_bf16(x.device))
@@ -368,10 +371,8 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     unit, claims = torch.tensor(in_use, device=x.device)[place], torch.full_like(confidence, math.nan)
     if memory:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
-    answer = [called[i] for i in place.tolist()]
-    for i in (claims < memory.get("limit", -math.inf)).nonzero()[:, 0].tolist():
-        if int(unit[i]) not in found:
-            answer[i] = "unknown"
+    unknown = (claims < memory.get("limit", -math.inf)) & ~torch.isin(unit, unit.new_tensor([*found]))
+    answer = ["unknown" if no else called[i] for no, i in zip(unknown, place.tolist(), strict=True)]
     return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
 
 
@@ -399,7 +400,7 @@ def metric(key, value):
 
 def log_header() -> str:
     """The heading of `log_line`."""
-    line = "   epoch stage        classes  labels" + "".join(f"{term[:6]:>8s}" for term in TERMS)
+    line = "   epoch stage        classes  labels  ntxent  aggreg  propag  superv"
     return f"{line}  accuracy    old    new   open  pruned  img/s    left"
 
 
@@ -656,9 +657,8 @@ def concept_rows(x, h, unit, unknown, names):
 
     x uint8 [N,3,H,W], h [N,D]; unit int64 [N], -1: none; unknown bool [N]; names: of units, or None.
     """
-    rows, units = [], [*enumerate(names)]
-    labels = {u: f"unit {u}" for u, name in units if not name and (unit == u).any()} | {-1: "unknown"}
-    labels |= {u: f"{shown(name)} (unit {u})" for u, name in units if name}
+    rows, labels = [], {u: f"unit {u}" for u, n in enumerate(names) if not n and (unit == u).any()}
+    labels |= {-1: "unknown"} | {u: f"{shown(n)} (unit {u})" for u, n in enumerate(names) if n}
     for u, label in labels.items():
         inside = (unknown if u < 0 else unit == u).nonzero()[:, 0]
         near = F.normalize(h[inside], dim=1)
@@ -728,7 +728,7 @@ def compare(paths):
             v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike}
             if len(values) > 1 and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
-        name += f" ({len(result) + 1})" if name in result else ""
+        name += f" ({len(result) + 1})" * (name in result)
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
             say_once(f"{name}: {len(runs)} runs repeat a seed: of other code?")
         figures = {key: np.array([summary.get(key) for _, summary in runs], dtype=float) for key in METRICS}
@@ -861,7 +861,7 @@ def act(args):
         raise ValueError(f"{' and '.join(asked)}: one at a time, of one run")
     out = args.compact or args.out or ("predictions.csv" if args.predict else "comparison.png")
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
-    if out.is_dir() or not out.absolute().parent.is_dir():
+    if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"{out} is a folder, or its folder is not there")
     own = "args checkpoint concepts confusion curves embedding events life log mistakes summary"
     if out.stem in own.split() or args.compact and out.exists():

@@ -127,10 +127,10 @@ def imprint(head: nn.Module, unit: int, h: Tensor, others=None, tolerance: float
     weight, bias = inner.weight, inner.bias  # (U, D), (U)
     (units, width), same = weight.shape, h if others is None else others
     fits = 0 <= unit < units and len(h) and h.shape[1:] == same.shape[1:] == (width,) and 0 <= tolerance <= 1
-    if not fits or (rivals is not None and len(rivals) != units):
+    if not fits or rivals is not None and len(rivals) != units:
         raise ValueError(f"imprint: h, others [n,{width}], rivals [{units}], unit < {units}, tolerance 0..1")
     rest = torch.arange(units, device=weight.device) != unit  # (U)
-    rivals = rest if rivals is None else rest & rivals
+    rivals = rest if rivals is None else rest & rivals.bool()
     length = weight[rest].float().norm(dim=1).mean() if rest.any() else 1.0
     own = F.normalize(h.float(), dim=1).mean(0)
     weight[unit] = F.normalize(own, dim=0) * length

@@ -9,7 +9,7 @@
     loss = nt_xent(z1, z2) + supervised(logits, onehot)
 
 reduction is "mean", "sum" or "none" (one value per image). All compute in float32, for other dtypes and
-inside autocast too. A wrong argument raises a ValueError that names it.
+inside autocast too. A wrong shape or dtype raises a ValueError that names it.
 """
 
 import math
@@ -190,12 +190,12 @@ def neighbours(
 
     z: unit rows [B,D] of the images index int64 [B]; active: bool [N], the rows to search; every: search only
     each `every`-th row, from another start at each `turn`. Returns row numbers int64 [B,k], nearest first, -1
-    where there are fewer, and similarities float32 [B,k], with gradient.
+    where there are fewer, and similarities float32 [B,k], with gradient; k: at most the rows searched.
     """
     check(bank=(bank.rows, "N D float"), z=(z, "B D float"), index=(index, "B int64"), k=k, every=every)
     check(bank=(bank.rows, "N D float"), active=(active, "N bool"))
     take(active, index)  # refuses an index out of range
-    z, first = z.float(), turn % every
+    z, first = z.float(), turn % min(every, len(bank.rows))
     number = torch.arange(first, len(bank.rows), every, device=z.device)
     rows, there = bank.rows[first::every].float(), active[first::every]
     with torch.no_grad():
@@ -330,7 +330,7 @@ def one_hot(units: Tensor, count: int) -> Tensor:
 def supervised(
     logits: Tensor, onehot: Tensor, active: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy with one-hot targets over the active units; the mean is 0 if no class is known.
+    """Cross-entropy with one-hot targets over the active units; the mean is over images of known class, or 0.
 
     logits [B,C]; onehot [B,C], a row of zeros where the class is not known; active: bool [C], None for all.
 

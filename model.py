@@ -63,7 +63,7 @@ class CosineHead(nn.Linear):
 
     def forward(self, h: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
-            cosine = F.linear(F.normalize(h.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+            cosine = F.linear(F.normalize(h.float(), dim=-1), F.normalize(self.weight.float(), dim=1))
             return self.scale * cosine + self.bias.float()
 
 
