@@ -51,7 +51,7 @@ class Dataset:
     scale: tuple[float, float]  # area that a crop keeps
     notes: list[str] = field(default_factory=list)  # on what was read
 
-    def to(self, device: torch.device | str) -> "Dataset":
+    def to(self, device) -> "Dataset":
         """The same data set on `device`."""
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
 
@@ -138,7 +138,7 @@ def read_digits(size: int) -> tuple[tuple, list[str]]:
     x = F.interpolate(x, (size, size), mode="bilinear").round().byte().expand(-1, 3, -1, -1)
     y = torch.from_numpy(digits.target).long()
     split = model_selection.train_test_split(np.arange(len(y)), test_size=0.25, stratify=y, random_state=0)
-    return tuple((x[i].contiguous(), y[i]) for i in split), [str(i) for i in range(10)]
+    return tuple((x[i].contiguous(), y[i]) for i in split), [*"0123456789"]
 
 
 def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[tuple, list[str]]:
@@ -289,11 +289,11 @@ def walk(root: str, top: str, odd: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files among `paths` and in folders there, without hidden ones."""
+    """Files among `paths` and in folders there, without hidden ones; or the folder."""
     found = []
     for path in map(os.path.expanduser, paths):
         files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
-        found += [Path(path, file) for file in files]
+        found += [Path(path, file) for file in files] or [Path(path)]
     return found
 
 
@@ -337,7 +337,7 @@ def read_image(path) -> Image.Image:
     """An image file as RGB, upright, of several frames the first."""
     if not os.path.isfile(path):  # a pipe would block
         os.stat(path)
-        raise ValueError("not a file")
+        raise ValueError("no file, nor a folder with images")
     try:
         with Image.open(path) as image:
             image.load()
@@ -386,7 +386,7 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
     x, y = dataset.train_x, dataset.train_y
     order = leak_order(y, seed=2**20)
     held = label_mask(order, y, share, range(len(dataset.classes))) | (order == 0)
-    notes = [*dataset.notes, f"--validate: the test is {held.sum()} images of train"]
+    notes = [*dataset.notes, f"--validate: the test is {held.sum()} images of train instead"]
     parts = dict(train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
     return replace(dataset, **parts, notes=notes)
 
@@ -442,10 +442,9 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
     y = labels.long() + 1
     count = y.bincount(minlength=1)  # [0]: no label
-    quota = (count.double() * fraction + 0.5).long()
-    known = torch.zeros_like(count, dtype=torch.bool)
-    known[[int(c) + 1 for c in classes if 0 <= c < len(count) - 1]] = True
-    return (order < quota[y]) & known[y]
+    asked, quota = [int(c) + 1 for c in classes if 0 <= c < len(count) - 1], torch.zeros_like(count)
+    quota[asked] = (count[asked].double() * fraction + 0.5).long()
+    return order < quota[y]
 
 
 @dataclass

@@ -417,7 +417,8 @@ def log_line(rows: Rows, epochs: int, events: Rows) -> str:
     for event in events:
         facts = [] if event["count"] is None else [f"{event['count']} images"]
         facts += [] if event["purity"] is None else [f"{100 * event['purity']:.0f} % pure"]
-        name = f" for class {event['class']}" * bool(event["class"]) + f" ({', '.join(facts)})" * bool(facts)
+        title = "".join(filter(str.isprintable, event["class"] or ""))
+        name = f" for class {title}" * bool(title) + f" ({', '.join(facts)})" * bool(facts)
         line += f"\n         {event['event']}: unit {event['unit']}{name}" * (event["event"] != "arrived")
     return line
 
@@ -701,12 +702,11 @@ def runs_among(paths):
     folders = []
     for path in (Path(path).expanduser() for path in paths):
         inside = [] if (path / "args.json").exists() else sorted(path.rglob("args.json"))
-        for run in (args.parent for args in inside):
-            if (run / "summary.json").exists():
-                folders.append(run)
+        for run in [args.parent for args in inside] or [path]:
+            if inside and not (run / "summary.json").exists() or run.is_file() and run.suffix != ".csv":
+                say_once(f"{run}: not a finished run, left out")
             else:
-                say_once(f"{run}: not finished, left out")
-        folders += [] if inside or path.suffix != ".csv" and path.is_file() else [path]
+                folders.append(run)
     return [*{folder.resolve(): folder for folder in folders}.values()]
 
 
@@ -793,8 +793,6 @@ def predict(source, paths, table):
     from train import data, model
 
     network, files, sheet = model.load(source), data.find_images(paths), table.with_suffix(".png")
-    if not files:
-        raise ValueError(f"{paths[0]}: no images there")
     ours = table.exists() and table.read_bytes()[:12] == b"file,answer,"
     if (table.exists() or sheet.exists()) and not ours or sheet.resolve() in map(Path.resolve, files):
         raise ValueError(f"{table} or {sheet} would be replaced; use another --out")

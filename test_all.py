@@ -375,7 +375,7 @@ def test_rows_take_turns():
 @cases("n, count, k", [(5, 0, 10), (5, 1, 10), (60, 20, 9), (80, 80, 3), (1, 1, 2)])
 def test_propagation_is_its_equations(n, count, k):
     rows = unit_rows(n, 6, 5, torch.float64)
-    y = randint(3, (n,)) * 2  # no image of class 1 or 3
+    y = randint(3, (n,)) * 2
     labelled = torch.randperm(n) < count
     e, targets = torch.exp(rows @ rows.T / 0.1), F.one_hot(y[labelled], 5).double()
     density = (e - e.diag().diag()).sort(descending=True).values[:, :20].sum(1).clamp(min=1e-9)[labelled]
@@ -645,7 +645,7 @@ never trained: 1: cat
 
 touch ANT/a.txt;touch ANT/a.png;ln nowhere ANT/b.png;ln /dev/null ANT/c.png
 3 3 0 6 ... not an image that Pillow opens: 1: ANT/a.txt ... unreadable: 3: ANT/a.png (not a readable \
-image), ANT/b.png ([Errno 2] No such file ... ANT/c.png (not a file)
+image), ANT/b.png ([Errno 2] No such file ... ANT/c.png (no file
 
 add ANT/.x.png;add ANT/.y/0.png;ln train ANT/up;ln . train/up
 3 3 0 6 ... hidden or a link back up: 4: train/up, ANT/.x.png, ANT/.y, ANT/up
@@ -932,7 +932,7 @@ def test_arithmetic_stays_in_float32(dtype):
 def test_an_imprinted_unit_takes_little():
     h, others = (randn(205, 8) + 1).split([5, 200])
     for head, *rest in ((nn.Linear(8, 4, bias=False), others), (model.CosineHead(8, 4),)):
-        gp.imprint(head, 3, h, *rest)  # first, the mean
+        gp.imprint(head, 3, h, *rest)
         mean = F.normalize(F.normalize(h, dim=1).mean(0), dim=0) * head.weight[:3].norm(dim=1).mean()
         assert_close(head.weight[3], mean)
     for tolerance in (0.0, 0.02, 0.5, 1.0):
@@ -1005,7 +1005,7 @@ def test_weights_and_filters_go():
     net = nn.Sequential(*chain(8), nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     net.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
     net.heads, net.wide = nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 1, kdim=2)
-    net[5].weight = net[4].weight  # tied: counts once
+    net[5].weight = net[4].weight
     sizes = cat([p.detach().abs().flatten() for p in gp.prunable(net).values()])
     first = gp.prune_smallest(net, 0.37)
     kept = cat([mask.flatten() for mask in first.values()])
@@ -1274,7 +1274,7 @@ def test_embedding_changes_nothing():
 
 def test_gcd_accuracy_is_one_match():
     for seed in range(6):
-        unit, y = randint(-1, 4, (2, 40), generator=seeded(seed))  # -1: none
+        unit, y = randint(-1, 4, (2, 40), generator=seeded(seed))
         right = (tensor([*match, 9])[unit] == y for match in itertools.permutations(range(4)))
         best = max(r[y >= 0].float().mean().item() for r in right)
         assert ev.gcd_accuracy(unit, y, y == 2)["gcd_all"] == approx(best)
@@ -1410,7 +1410,7 @@ def test_files_are_answered(answering, tmp_path, monkeypatch):
 
 
 def test_a_person_names_units(answering, tmp_path, capsys):
-    assert "no images there" in refused(capsys, ev.main, [answering[0], "--predict", tmp_path])
+    assert "folder with images" in refused(capsys, ev.main, [answering[0], "--predict", tmp_path])
     path = shutil.copy(answering[0], tmp_path)
     wrong = "9=blue: unit 9 is not there|3=blue: unit 3 is free|0=blue: unit 0 is a class's|2: write|"
     wrong += "x=blue: write|2=: write|2= : write|=blue: write|2=unknown: write|2=unit 7: write"
@@ -1536,7 +1536,7 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
         write(name)
     Path("some/three/summary.json").unlink()
     out, err = told("some", "some/one")
-    assert "gradual     2 " in out and "three: not finished, left out" in err
+    assert "gradual     2 " in out and "three: not a finished run, left out" in err
     assert "gradual: 2 runs repeat a seed" in err
     files = {"torn/args.json": "{", "other/args.json": '{"curriculum": "self"}', "list/args.json": "[]"}
     files |= {"log.csv": "epoch\n1\n", "bad.csv": "\xff\0", "big.csv": "a" * 2**18}
@@ -1776,10 +1776,12 @@ def test_several_runs_go_on(capsys, tmp_path):
     assert start(tmp_path, flags) == 0 and "labels-only     2" in capsys.readouterr().out
     before, second = contents(tmp_path), tmp_path / "labels-only-s4"
     assert json_of(second, "args")["class_order"] == 1
-    shutil.rmtree(second)
-    bad = ("", "s3 is not an empty"), (" --resume --lr 1", "takes --lr from"), (" --resume no", "holds none")
+    (second / "checkpoint.pt").unlink()
+    bad = ("", "s3 is not"), (" --resume --lr 1", "takes --lr"), (" --resume no", "holds none")
+    bad += ((" --resume", "pt is not there"),)
     for more, words in bad:
         assert start(tmp_path, flags + more) == 2 and words in capsys.readouterr().err
+    shutil.rmtree(second)
     assert train.main(["--resume", str(tmp_path)]) == 0 and before.keys() <= contents(tmp_path).keys()
     assert json_of(second, "args")["lr"] == 0.02
 

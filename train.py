@@ -521,7 +521,7 @@ def setup(args, argv: list[str]) -> tuple:
         if other := [f for k, f in flags.items() if f in given - moved and made[k] != getattr(args, k)]:
             raise ValueError(f"--resume takes {', '.join(other)} from the run; drop the flag")
         vars(args).update({k: made[k] for k in flags if flags[k] not in moved})
-        if os.path.exists(f"{out}/checkpoint.pt"):
+        if {"checkpoint.pt", "summary.json"} & {*os.listdir(out)}:
             saved = data.read_checkpoint(f"{out}/checkpoint.pt", VERSION)
     if args.origin and not saved:
         earlier = model.load(args.origin)
@@ -531,8 +531,7 @@ def setup(args, argv: list[str]) -> tuple:
     evaluate.project(torch.zeros(1, 2), args.embedding)  # umap there?
     if args.dataset == "auto":
         args.dataset = "cifar10" if device.type == "cuda" else "digits"
-    defaults = curriculum.defaults(args.dataset).items()
-    vars(args).update({k: v for k, v in defaults if getattr(args, k) is None})
+    vars(args).update({k: v for k, v in curriculum.defaults(args.dataset).items() if vars(args)[k] is None})
     network = model.build(args.model, 1, image_size=args.image_size)
     if args.prune_units:
         grow_prune.prune_filters(network.encoder, 0.0)
@@ -604,7 +603,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
         args = make_parser().parse_args(argv)
         if args.resume is not None and not (changes or made_with(out := args.resume or args.out or ".")):
             if begun := sorted(Path(out).glob("*/args.json"), key=os.path.getmtime):
-                argv = [*made_with(begun[-1].parent).get("command", []), *argv]
+                argv = [*made_with(begun[-1].parent).get("command", []), *argv, "--out", out]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
