@@ -289,7 +289,7 @@ def walk(root: str, top: str, odd: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files among `paths` and in folders there, without hidden ones; or the folder."""
+    """Files among `paths` and in folders there, without hidden ones; if none, itself."""
     found = []
     for path in map(os.path.expanduser, paths):
         files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]

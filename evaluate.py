@@ -372,7 +372,7 @@ def answers(network: nn.Module, x: Tensor, batch_size=128) -> dict:
     if memory:
         claims = grow_prune.claim(h, memory["h"].to(h), memory["labelled"].to(h.device))
     unknown = (claims < memory.get("limit", -math.inf)) & ~torch.isin(unit, unit.new_tensor([*found]))
-    answer = ["unknown" if no else called[i] for no, i in zip(unknown, place.tolist(), strict=True)]
+    answer = ["unknown" if no else called[i] for no, i in zip(unknown.tolist(), place.tolist(), strict=True)]
     return {"unit": unit, "answer": answer, "confidence": confidence, "claim": claims}
 
 

@@ -645,7 +645,7 @@ never trained: 1: cat
 
 touch ANT/a.txt;touch ANT/a.png;ln nowhere ANT/b.png;ln /dev/null ANT/c.png
 3 3 0 6 ... not an image that Pillow opens: 1: ANT/a.txt ... unreadable: 3: ANT/a.png (not a readable \
-image), ANT/b.png ([Errno 2] No such file ... ANT/c.png (no file
+image), ANT/b.png ([Errno 2] No such file ... ANT/c.png (no file,
 
 add ANT/.x.png;add ANT/.y/0.png;ln train ANT/up;ln . train/up
 3 3 0 6 ... hidden or a link back up: 4: train/up, ANT/.x.png, ANT/.y, ANT/up
@@ -1777,9 +1777,8 @@ def test_several_runs_go_on(capsys, tmp_path):
     before, second = contents(tmp_path), tmp_path / "labels-only-s4"
     assert json_of(second, "args")["class_order"] == 1
     (second / "checkpoint.pt").unlink()
-    bad = ("", "s3 is not"), (" --resume --lr 1", "takes --lr"), (" --resume no", "holds none")
-    bad += ((" --resume", "pt is not there"),)
-    for more, words in bad:
+    bad = ("", "s3 is not an empty"), (" --resume --lr 1", "takes --lr from"), (" --resume no", "holds none")
+    for more, words in (*bad, (" --resume", "is not there")):
         assert start(tmp_path, flags + more) == 2 and words in capsys.readouterr().err
     shutil.rmtree(second)
     assert train.main(["--resume", str(tmp_path)]) == 0 and before.keys() <= contents(tmp_path).keys()
