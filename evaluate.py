@@ -228,8 +228,7 @@ def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: 
     old = [[row[f"accuracy_{name}"] for name in known] for row in rows if row["accuracy"] is not None]
     clusters, last, lost = cluster_scores(*test), rows[-1], forgetting(old) if old else np.nan
     given, leaked = ([part[among] for part in train] for among in (train[1] >= 0, budget))
-    kept = "accuracy old_accuracy new_accuracy open_accuracy sparsity".split()
-    return {key: last[key] for key in kept} | {
+    return {key: last[key] for key in "accuracy old_accuracy new_accuracy open_accuracy sparsity".split()} | {
         "probe": linear_probe(*given, *test),
         "probe_leaked": linear_probe(*leaked, *test) if budget.any() else None,
         "knn": knn_accuracy(*given, *test),
@@ -440,6 +439,7 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "SimHei", "Ping
 LOOK = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "text.usetex": False}
 BESIDE, CENTRE = dict(loc="center left", bbox_to_anchor=(1.01, 0.5)), dict(ha="center", va="center")
 BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=0.8)
+WHOLE = dict(axis="x", integer=True, min_n_ticks=1)
 
 
 def attempt(draw, *args):
@@ -498,16 +498,16 @@ def plot(ax, rows, key, label, **look):
 
 def draw_curves(rows, classes, path):
     """Accuracy, losses, labels, the unknown; rows: of log.csv."""
-    known, many, names = rows[0]["classes"], len(classes) > len(COLOURS), [row["stage"] for row in rows]
+    known, names = rows[0]["classes"], [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
     shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
     shares |= dict(pseudo_coverage="pseudo-labels sure (> 0.8)", novelty_auroc="AUROC of the claim")
     shares |= dict(open_accuracy="right, unknown\nbeing an answer")
     some = dict(old_accuracy="the old classes", new_accuracy="the late classes")
     each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
-    panels = some if many else each, {f"loss_{term}": term for term in TERMS}, shares
+    panels = some if len(classes) > len(COLOURS) else each, {f"loss_{term}": term for term in TERMS}, shares
     with figure(path, 9, 10, 3, sharex=True, height_ratios=(5, 3, 3)) as axes:
-        plot(axes[0], rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5)
+        plot(axes[0], rows, "accuracy", "all, also\nthose to come", color="black", linewidth=2.5, marker="o")
         for ax, columns in zip(axes, panels, strict=True):
             for i, (key, label) in enumerate(columns.items()):
                 there = [row for row in rows if columns is not each or i < row["classes"]]
@@ -520,7 +520,7 @@ def draw_curves(rows, classes, path):
         axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02), xlim=(0.5, len(rows) + 0.5))
         axes[1].set(ylabel="loss, unweighted", yscale="log")
         axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
-        axes[2].locator_params("x", integer=True)
+        axes[2].locator_params(**WHOLE)
 
 
 def draw_life(rows, events, classes, path, owner):
@@ -553,7 +553,7 @@ def draw_life(rows, events, classes, path, owner):
             ax.text(epoch - 0.5, len(told), text * (len(arrived) <= 5), fontsize=8, **CENTRE)
         ax.set(xlabel="epoch (+: images arrive; hatched: no name, and the true class)", ylabel="unit")
         ax.set(xlim=(0.5, end - 0.5), ylim=(-0.6, len(told) - 0.4), yticks=range(len(told)), yticklabels=told)
-        ax.locator_params("x", integer=True)
+        ax.locator_params(**WHOLE)
 
 
 @measured
@@ -591,8 +591,8 @@ def draw_embedding(h, y, classes, path, method="tsne", known=None, seen=None):
             label = shown(name) + (" (late)" if c < seen else " (not seen)") * (c >= known)
             ax.scatter(*points[y == c].T, s=14, alpha=0.8, label=label, **mark)
             if (y == c).any():
-                font = dict(fontsize=10 if n <= 20 else 6, zorder=3, bbox=BOX)
-                ax.text(*np.median(points[y == c], 0), shown(name, 16), **font, **CENTRE)
+                font = dict(fontsize=10 if n <= 20 else 6, bbox=BOX | {"alpha": 0.4}, ha="center")
+                ax.text(*np.median(points[y == c], 0), shown(name, 16), va="bottom", **font)
         if n <= 20:
             ax.figure.legend(ncol=5, loc="outside lower center")
         title = f"{len(y):,} test images, embeddings h in two dimensions ({METHODS[method]})"
@@ -633,7 +633,7 @@ def contact_sheet(path, rows, title):
         ax.set(xlim=(0, across), ylim=(tall * len(labels), -0.05), xticks=[], aspect="equal", title=title)
         ax.set_yticks(tops + 0.475, labels, fontsize=9)
         ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
+        ax.set_frame_on(False)
 
 
 def in_lines(label, images, captions):
@@ -646,9 +646,8 @@ def mistake_rows(x, predicted, confidence, y, classes):
     """The 48 surest mistakes among images x [N,3,H,W], for a contact sheet."""
     order = confidence.argsort(descending=True)
     wrong = order[(predicted != y)[order]][:48]
-    told = zip(*(values[wrong].tolist() for values in (predicted, confidence, y)), strict=True)
     names = [shown(name, 12) for name in classes]
-    captions = [f"{names[p]} {100 * sure:.0f} %\nis {names[c]}" for p, sure, c in told]
+    captions = [f"{names[predicted[i]]}\n{100 * confidence[i]:.0f} %, is\n{names[y[i]]}" for i in wrong]
     return in_lines("surest\nfirst", x[wrong], captions)
 
 
@@ -761,11 +760,11 @@ def draw_comparison(result, path):
     with figure(path, 9, 1.6 + 0.62 * len(result)) as ax:
         for i, key in enumerate(("accuracy", "probe_leaked", "probe", "knn")):
             mean, std = np.nan_to_num([spread(100 * row[key]) for row in result.values()]).T
-            at, label = np.arange(len(result)) + 0.2 * i - 0.3, key.replace("accuracy", "head")
-            drawn = ax.barh(at, mean, 0.18, xerr=std, color=COLOURS[i], label=label)
+            at = np.arange(len(result)) + 0.2 * i - 0.3
+            drawn = ax.barh(at, mean, 0.18, xerr=std, color=COLOURS[i], label=key.replace("accuracy", "head"))
             ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
-        names = [f"{shown(name, 60)}\nruns: {row['runs']}" for name, row in result.items()]
-        ax.set_yticks(range(len(result)), names)
+        names = [f"{shown(name, 99)}\nruns: {row['runs']}" for name, row in result.items()]
+        ax.set_yticks(range(len(result)), [re.sub(r"(.{45}\S*) ", r"\1\n", name) for name in names])
         ax.set(xlabel="test accuracy, %", xlim=(0, 118))
         ax.invert_yaxis()
         ax.legend(**BESIDE)
@@ -861,8 +860,9 @@ def act(args):
     out, run = Path(out).expanduser(), Path(args.runs[0]).expanduser()
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"{out} is a folder, or its folder is not there")
-    own = "args checkpoint concepts confusion curves embedding events life log mistakes summary"
-    if out.stem in own.split() or args.compact and out.exists():
+    out = out if asked else out.with_suffix(out.suffix or ".png")
+    kept = out.exists() and (args.compact or not asked and b"Matplotlib" not in out.read_bytes())
+    if kept or out.stem in "concepts confusion curves embedding life mistakes".split():
         raise ValueError(f"{out} is there, or a run's; use another name")
     source = run / "checkpoint.pt" if run.is_dir() else run
     if args.compact:
@@ -874,7 +874,7 @@ def act(args):
     folders = runs_among(args.runs)
     if not folders:
         raise ValueError(f"{run}: not a run folder")
-    result, out = compare(folders), out.with_suffix(out.suffix or ".png")
+    result = compare(folders)
     return comparison_table(result) + f"\n\nDrawn to {out}." * attempt(draw_comparison, result, out)
 
 

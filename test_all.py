@@ -1439,7 +1439,7 @@ def test_mistakes_and_concepts_are_sorted():
     said, y = tensor([[0, 1, 1, 0, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0, 1]])
     sure = tensor([0.9, 0.5, 1.0, 0.7, 0.8, 0.9, 0.6, 1.0])
     ((_, images, captions),) = ev.mistake_rows(x, said, sure, y, ["cat", "dog"])
-    assert images.tolist() == [4, 3, 6, 1] and captions[0] == "dog 80 %\nis cat"
+    assert images.tolist() == [4, 3, 6, 1] and captions[0] == "dog\n80 %, is\ncat"
     assert ev.mistake_rows(x, y, sure, y, ["cat", "dog"]) == []
     h = eye(4)[[0, 0, 1, 2, 2, 2, 3, 3]]
     h[3] += 0.5
@@ -1501,7 +1501,7 @@ list --out a --name 2=blue | --name and --out: one
 ~noone/run | home
 big.csv | field larger
 some/three --compact small.pt | checkpoint.pt
-list --out log.csv | a run's
+list --out bad.csv | a run's
 list --compact runs.csv | is there
 list --nme | unrecognized"""
 

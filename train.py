@@ -210,7 +210,7 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     notes = [
         f"{args.dataset}: {len(x):,} images, {x.nbytes / 1e6:,.0f} MB, on {device}; into {args.out}",
         f"classes: {data.some(classes[:known])}; late: {data.some(classes[known:]) or 'none'}",
-        f"labels: of {head.final.sum():,} images" + ": nothing is unknown" * head.final.equal(pool.active),
+        f"labels at last: {head.final.sum():,}" + "; nothing is unknown" * head.final.equal(pool.active),
         f"{args.epochs} epochs of {steps} steps, {args.epochs * steps:,} in all, of {size} images"
         + ", all there are" * (size >= len(y)),
     ]
@@ -339,12 +339,11 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     most = len(classes) - args.never_named
     old = min(args.known_classes, most)
     budget = data.label_mask(leak, y, args.label_budget, range(most))
-    parts = (train_h, y), (test_h, test_y), budget, rows, classes[:old]
-    summary = evaluate.final_metrics(*parts) | {
+    summary = evaluate.final_metrics((train_h, y), (test_h, test_y), budget, rows, classes[:old]) | {
         "first_sight": evaluate.mean(state.first_sight.values()),
         "old_accuracy_before": state.before,
         **{kind: sum(e["event"] == kind for e in head.events) for kind in ("opened", "named")},
-        "labels_used": int((sum(pool.labelled for pool in pools) > 0).sum()),
+        "labels_used": int(sum(p.labelled for p in pools).bool().sum()),
     }
     here, named, unnamed = pool.active & (y >= 0), taught[test_y].nonzero()[:, 0], head.units.unnamed()
     hidden, log_p = here & ~pool.labelled, head.probabilities(test_h, taught).log()  # (N), (T, C + U)
@@ -371,7 +370,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if memory and len(named) > 1:
-        draw(evaluate.draw_confusion, guess, test_y, classes, out / "confusion.png")
+        draw(evaluate.draw_confusion, guess[named], test_y[named], classes, out / "confusion.png")
         sure = (log_p / memory["temperature"]).softmax(1)[:, : len(classes)].amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
