@@ -370,7 +370,7 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if memory and len(named) > 1:
-        draw(evaluate.draw_confusion, guess[named], test_y[named], classes, out / "confusion.png")
+        draw(evaluate.draw_confusion, guess[named], test_y[named], classes[:most], out / "confusion.png")
         sure = (log_p / memory["temperature"]).softmax(1)[:, : len(classes)].amax(1)
         sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
