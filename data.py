@@ -226,7 +226,7 @@ def read_folder(path: str | Path, size: int, least: int) -> tuple[tuple, list[st
         odd["in train and in test, used in both"] += [file for file, _, out in same if not out] * any(tested)
         odd["in several classes"] += [file for file, name, _ in same if name] * (len({*names} - {""}) > 1)
     notes += [f"{kind}: {len(them)}: {some(them)}" for kind, them in odd.items() if them]
-    notes = [printable(note) for note in notes + scaled]
+    notes = [printable(note) for note in [*notes, some(scaled, 4)] if note]
     splits = (x[~test], y[~test]), (x[test], y[test])
     kept = dict(signature=signature, splits=splits, notes=notes)
     with suppress(OSError, RuntimeError):
@@ -330,7 +330,7 @@ def read_images(files: Sequence, size: int, progress: str | None = None) -> tupl
         for (w, h), n in Counter(shapes).most_common()
         if (w, h) != (size, size)
     ]
-    return x, errors, [some(notes, 4)] if notes else []
+    return x, errors, notes
 
 
 def read_image(path) -> Image.Image:

@@ -26,32 +26,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rows, Names = Sequence[dict], Sequence[str]
-MAY_BE_EMPTY = ("gcd_accuracy", "open_world", "concept_scores")
-PARTS = ("h", "z", "logits")  # of what a network returns
+ANY_SIZE = ("gcd_accuracy", "open_world", "concept_scores")
+PARTS = ("h", "z", "logits")  # a network returns
+MASKS = ("among", "labelled", "new", "is_new")
 
-# ---- measured: the encoder ----
+# ---- the encoder ----
 
 
 def measured(function: Callable) -> Callable:
     """Compute in float32 without autocast, gradients and inference mode.
 
-    ValueError: no rows, unequal numbers of rows (train_*, test_* may differ), NaN, or train_y < 0.
+    ValueError: no rows, unequal numbers of rows (train_*, test_* may differ), NaN, or *_y < 0.
     """
 
     @functools.wraps(function)
     def wrapped(*args, **options):
         given, rows = inspect.signature(function).bind(*args, **options).arguments, {}
-        off = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), off[0], off[1]:
+        cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+        with torch.inference_mode(False), torch.no_grad(), cpu, cuda:
             for name, x in given.items():
                 if torch.is_tensor(x):
                     wanted = rows.setdefault(name[:5] if name[:5] in ("train", "test_") else "", len(x))
-                    if len(x) != wanted or not wanted and function.__name__ not in MAY_BE_EMPTY:
+                    if len(x) != wanted or not wanted and function.__name__ not in ANY_SIZE:
                         raise ValueError(f"{name} has {len(x)} rows instead of {wanted or 'at least one'}")
-                    if x.is_floating_point() and x.isnan().any() or name == "train_y" and x.min() < 0:
+                    if x.is_floating_point() and x.isnan().any() or name[-2:] == "_y" and x.min() < 0:
                         raise ValueError(f"{name} has NaN or images without a label; leave them out")
                     x = x.clone() if x.is_inference() else x
-                    given[name] = x.float() if x.is_floating_point() else x
+                    given[name] = x.bool() if name in MASKS else x.float() if x.is_floating_point() else x
             return function(**given)
 
     return wrapped
@@ -65,8 +66,6 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
     ValueError for another part, dtype, shape or size.
     """
     size = getattr(network, "image_size", None)
-    if part not in PARTS:
-        raise ValueError(f"part is one of {', '.join(PARTS)}, not {part!r}")
     fits = x.ndim == 4 and x.shape[1] == 3 and (size is None or x.shape[2:] == (size, size))
     fits &= x.dtype == torch.uint8 or x.dtype == torch.float32 and (x.abs() < 9).all()  # not 0..255
     if not fits:
@@ -79,6 +78,8 @@ def embed(network: nn.Module, x: Tensor, part="h", batch_size=512, bf16=False) -
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 output = network(images.contiguous(memory_format=torch.channels_last))
             output = output if isinstance(output, tuple) else (output,)  # h alone
+            if part not in PARTS[: len(output)]:
+                raise ValueError(f"part is one of {PARTS[: len(output)]}, not {part!r}")
             out.append(output[PARTS.index(part)].float())
     finally:
         for module, mode in modes:
@@ -121,7 +122,7 @@ def knn_accuracy(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
 
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    train_h, test_h = (F.normalize(h, dim=1).cpu().numpy() for h in (train_h, test_h))
+    train_h, test_h = (F.normalize(h, dim=1).cpu() for h in (train_h, test_h))
     votes = KNeighborsClassifier(min(k, len(train_h)), weights=lambda d: np.exp((1 - d**2 / 2) / 0.1))
     return float(votes.fit(train_h, train_y.cpu()).score(test_h, test_y.cpu()))
 
@@ -141,7 +142,7 @@ def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
 
     if is_new.all() or not is_new.any():
         raise ValueError("is_new must hold both new and known images")
-    return float(roc_auc_score(is_new.cpu().numpy(), score.cpu().numpy()))
+    return float(roc_auc_score(is_new.cpu(), score.cpu()))
 
 
 def matched(unit: Tensor, y: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float
     """k-means on unit embeddings h [N,D], a cluster for each class in y [N]; accuracy: of the best match."""
     from sklearn import cluster, metrics
 
-    rows, y = F.normalize(h, dim=1).cpu().numpy(), y.cpu()
+    rows, y = F.normalize(h[y >= 0], dim=1).cpu().numpy(), y[y >= 0].cpu()
     found = cluster.KMeans(len(y.unique()), n_init=10, random_state=seed).fit_predict(rows)
     chosen = np.random.default_rng(seed).permutation(len(y))[:sample]
     several = 1 < len(np.unique(found[chosen])) < len(chosen)
@@ -173,7 +174,7 @@ def cluster_scores(h: Tensor, y: Tensor, seed=0, sample=2000) -> dict[str, float
     }
 
 
-# ---- measured: a run ----
+# ---- a run ----
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -242,7 +243,7 @@ def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: 
     }
 
 
-# ---- measured: the open world ----
+# ---- the open world ----
 
 
 @measured
@@ -312,17 +313,17 @@ def open_world(h: Tensor, y: Tensor, labelled: Tensor, new: Tensor, seed=0) -> d
     """
     from sklearn.cluster import KMeans
 
-    hidden, k, rows, figures = ~labelled, len(y.unique()), F.normalize(h, dim=1), {}
+    hidden, k, rows, figures = ~labelled, len(y[y >= 0].unique()), F.normalize(h, dim=1), {}
     if not hidden.any():
         return figures
-    plain = torch.from_numpy(KMeans(k, n_init=10, random_state=seed).fit_predict(rows.cpu().numpy())).to(y)
+    plain = torch.from_numpy(KMeans(k, n_init=10, random_state=seed).fit_predict(rows.cpu())).to(y)
     for way, unit in {"kmeans": plain, "semi_kmeans": semi_kmeans(rows, y, labelled, k, seed)}.items():
         scores = gcd_accuracy(unit[hidden], y[hidden], new[hidden])
         figures |= {key.replace("gcd", f"gcd_{way}"): value for key, value in scores.items()}
     return figures
 
 
-# ---- measured: answers ----
+# ---- answers ----
 
 
 @measured
@@ -388,7 +389,7 @@ METRICS = sum(BLOCKS, [])
 
 
 def metric(key, value):
-    """A metric as text."""
+    """As text."""
     if value is None or value != value:
         return "-"
     if key in ("ari", "nmi", "silhouette", "novelty_auroc"):
@@ -398,7 +399,7 @@ def metric(key, value):
 
 
 def log_header() -> str:
-    """The heading of `log_line`."""
+    """`log_line`'s heading."""
     line = "   epoch stage        classes  labels  ntxent  aggreg  propag  superv"
     return f"{line}  accuracy    old    new   open  pruned  img/s    left"
 
@@ -478,7 +479,7 @@ def figure(path, width, height, rows=1, **options):
 
 
 def shown(name, length=24):
-    """A name for a picture: one short line, "$" and "_" harmless."""
+    """A name for pictures: one short line, "$" and "_" harmless."""
     name = " ".join(name.encode("utf-8", "replace").decode().split())
     name = name if len(name) <= length else f"{name[: length // 2]}…{name[1 - length // 2 :]}"
     return ("\u200b" * name.startswith("_") + name).replace("$", r"\$")
@@ -518,7 +519,8 @@ def draw_curves(rows, classes, path):
                 ax.text((left + right + 1) / 2, 1.045 + 0.045 * (n % 2), text, fontsize=9, **CENTRE)
             ax.legend(**BESIDE) if ax.lines else None
         axes[0].set(ylabel="test accuracy of the head", ylim=(-0.02, 1.02), xlim=(0.5, len(rows) + 0.5))
-        axes[1].set(ylabel="loss, unweighted", yscale="log")
+        axes[1].set_yscale("log", nonpositive="mask")
+        axes[1].set(ylabel="loss, unweighted")
         axes[2].set(ylabel="share", xlabel="epoch", ylim=(-0.02, 1.02))
         axes[2].locator_params(**WHOLE)
 
@@ -564,7 +566,7 @@ def project(h: Tensor, method="tsne") -> np.ndarray:
 
     unit = F.normalize(h, dim=1).cpu().numpy()
     if method not in METHODS:
-        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+        raise ValueError(f"method is one of {[*METHODS]}, not {method!r}")
     way = PCA(2, random_state=0)
     if method == "tsne":
         way = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
@@ -669,44 +671,38 @@ def concept_rows(x, h, unit, unknown, names):
 
 # ---- runs side by side ----
 
-NEEDED = {"curriculum", "seed", "class_order", "label_budget"}
+NEEDED = {"curriculum", "seed", "class_order"}
 APART = "seed class_order out resume data_dir device embedding torch commit machine command".split()
 
 
 def read_runs(path):
     """Settings, summary of each run; else ValueError."""
 
-    def value(cell):
-        try:
-            return json.loads(cell or "null")
-        except ValueError:
-            return cell
-
     try:
         if (path := Path(path)).suffix == ".csv":
             rows = csv.DictReader(path.open(encoding="utf-8-sig"))
-            rows = [{str(k): value(v) for k, v in row.items()} for row in rows]
-            runs = [({k[5:]: v for k, v in row.items() if k[:5] == "args."} or row, row) for row in rows]
+            rows = [{str(k): v or None for k, v in row.items()} for row in rows]
+            runs = [({k[5:]: v for k, v in row.items() if k[:5] == "args."}, row) for row in rows]
         else:
             runs = [tuple(json.loads((path / n).read_text("utf-8")) for n in ("args.json", "summary.json"))]
         if not runs or not all({*args} >= NEEDED and "labels_used" in summary for args, summary in runs):
-            raise ValueError("settings or figures are missing")
+            raise ValueError("settings or figures missing")
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: no finished run or table ({' '.join(str(error).split())})") from None
     return runs
 
 
 def runs_among(paths):
-    """Run folders and tables among paths; a folder stands for its finished runs."""
-    folders = []
+    """Runs and tables among paths; a folder stands for its finished runs."""
+    folders = {}
     for path in (Path(path).expanduser() for path in paths):
         inside = [] if (path / "args.json").exists() else sorted(path.rglob("args.json"))
         for run in [args.parent for args in inside] or [path]:
             if inside and not (run / "summary.json").exists() or run.is_file() and run.suffix != ".csv":
                 say_once(f"{run}: not a finished run, left out")
             else:
-                folders.append(run)
-    return [*{folder.resolve(): folder for folder in folders}.values()]
+                folders[run.resolve()] = run
+    return [*folders.values()]
 
 
 def compare(paths):
@@ -716,17 +712,18 @@ def compare(paths):
     """
     groups, result = {}, {}
     for args, summary in (run for path in paths for run in read_runs(path)):
-        key = json.dumps({k: v for k, v in sorted(args.items()) if k not in APART + METRICS})
+        args = {k: v if isinstance(v, str) else json.dumps(v) for k, v in sorted(args.items())}
+        key = tuple((k, v) for k, v in args.items() if k not in APART + METRICS)
         groups.setdefault(key, []).append((args, summary))
-    settings = [*map(json.loads, groups)]
+    settings = [*map(dict, groups)]
     for setting, runs in zip(settings, groups.values(), strict=True):
-        name = curriculum = str(setting["curriculum"])
+        name = curriculum = setting["curriculum"]
         for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
             alike = [s for s in settings if s["curriculum"] == curriculum and k in s]
-            alike += [s for s in settings if s.get(k) is not None and k not in ("lr", "label_budget")]
-            v, values = json.dumps(setting.get(k)), {json.dumps(s[k]) for s in alike}
+            alike += [s for s in settings if s.get(k, "null") != "null" and k not in ("lr", "label_budget")]
+            v, values = setting.get(k, "null"), {s[k] for s in alike}
             if len(values) > 1 and v not in ("null", "false", "[]"):
-                name += f" {k.replace('_', '-')}=" + re.sub(r'[][ "]', "", v)
+                name += f" {k.replace('_', '-')}=" + re.sub(r'[]["]|(?<=,) ', "", v)
         name += f" ({len(result) + 1})" * (name in result)
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
             say_once(f"{name}: {len(runs)} runs repeat a seed: of other code?")
@@ -736,13 +733,13 @@ def compare(paths):
 
 
 def spread(values):
-    """Mean and sample deviation, or NaN."""
+    """Mean, sample deviation, or NaN."""
     there = values[~np.isnan(values)]
     return (there.mean() if len(there) else np.nan), (there.std(ddof=1) if len(there) > 1 else np.nan)
 
 
 def comparison_table(result):
-    """The comparison as text."""
+    """A comparison as text."""
     width, lines = max(map(len, result)) + 2, []
     for block in BLOCKS:
         if not all(np.isnan(row[key]).all() for row in result.values() for key in block):
@@ -763,8 +760,9 @@ def draw_comparison(result, path):
             at = np.arange(len(result)) + 0.2 * i - 0.3
             drawn = ax.barh(at, mean, 0.18, xerr=std, color=COLOURS[i], label=key.replace("accuracy", "head"))
             ax.bar_label(drawn, [f"{m:.1f}" if m else "" for m in mean], padding=2, fontsize=8)
-        names = [f"{shown(name, 99)}\nruns: {row['runs']}" for name, row in result.items()]
-        ax.set_yticks(range(len(result)), [re.sub(r"(.{45}\S*) ", r"\1\n", name) for name in names])
+        names = [f"{shown(name, 999)}, runs: {row['runs']}" for name, row in result.items()]
+        names = [re.sub(r"(.{45}\S*) ", r"\1\n", name) for name in names]
+        ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set(xlabel="test accuracy, %", xlim=(0, 118))
         ax.invert_yaxis()
         ax.legend(**BESIDE)
@@ -798,7 +796,8 @@ def predict(source, paths, table):
     rows, notes, keys = [], {}, ("answer", "unit", "confidence", "claim")
     for i in trange(0, len(files), 2048, unit="x2048 images", leave=False, disable=None):
         images, errors, told = data.read_images(files[i : i + 2048], network.image_size)
-        said, notes = answers(network, images), notes | {re.sub(r" \(\d+\)", "", note): 0 for note in told}
+        said = answers(network, images)
+        notes |= {note.rpartition(" (")[0]: 0 for note in told}
         columns = said["answer"], *(said[key].tolist() for key in keys[1:])
         for file, error, *values in zip(files[i : i + 2048], errors, *columns, strict=True):
             values = dict(zip(keys, [None] * 4 if error else values, strict=True))
@@ -808,7 +807,8 @@ def predict(source, paths, table):
     data.write_csv(table, rows)
     drawn = attempt(draw_predictions, sheet, files, rows, network.image_size)
     counts = Counter("could not be read" if row["error"] else row["answer"] for row in rows).most_common()
-    lines = [*notes, *(f"{count:8,d}  {data.printable(answer)}" for answer, count in counts)]
+    lines = [f"{count:8,d}  {data.printable(answer)}" for answer, count in counts]
+    lines = [data.some([*notes], 4)] * bool(notes) + lines
     return "\n".join([*lines, f"{len(rows):,} images: {table}" + f", {sheet}" * drawn])
 
 
@@ -889,7 +889,7 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="runs, folders, tables (FILE.csv)")
     add("--predict", nargs="+", metavar="PATH", help="answer for images, folders")
     add("--name", action="append", metavar="UNIT=NAME", help="as 8=wolf")
-    add("--compact", metavar="FILE", help="the network without dead filters")
+    add("--compact", metavar="FILE", help="network without dead filters")
     add("--out", metavar="FILE", help="default: comparison.png or predictions.csv")
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")

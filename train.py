@@ -295,13 +295,14 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     row |= dict(labelled=labels / len(y), units=len(head.units.owner), unnamed=len(unnamed))
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
-        last, fixed = head.epoch == args.epochs, max(1000, len(y) // 5)
-        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else fixed, seed=0)
+        last, few = head.epoch == args.epochs, max(1000, len(y) // 5)
+        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else few, seed=0)
         test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]
         unit, guess = head.predict(test_h, taught)
-        nameable = test_y < len(taught) - args.never_named
-        row |= evaluate.epoch_accuracy(guess[nameable], test_y[nameable], args.known_classes)
-        row |= evaluate.accuracy_by_class(guess[:fixed], test_y[:fixed], dataset.classes)
+        most = len(taught) - args.never_named
+        told = test_y < most
+        row |= evaluate.epoch_accuracy(guess[told], test_y[told], args.known_classes)
+        row |= evaluate.accuracy_by_class(guess[:few], test_y[:few], dataset.classes[:most])
         if labels and (args.curriculum == "gradual" or last):
             near = head.neighborhood(pool, pool.labelled)
             near_h = state.embed(dataset.train_x[near]) if h is None else h[near]  # (M, D)
@@ -496,7 +497,7 @@ def load(args) -> data.Dataset:
     for c, name in enumerate(order):
         count = int((y == c).sum())
         if c >= len(taught) and not (count and (dataset.test_y == c).any()):
-            raise ValueError(f"class '{name}' has no {'test' if count else 'training'} image")
+            raise ValueError(f"class '{name}' has no {'test' if count else 'training'} image left")
         few = c < n - args.never_named and count and count * args.label_budget < 0.5
         if few and args.curriculum in ("gradual", "semi", "labels-only"):
             raise ValueError(f"--label-budget {args.label_budget} leaves '{name}' no label of {count}")
@@ -582,8 +583,8 @@ def several(args, argv: list[str]) -> int:
     """All curricula or seeds."""
     names = curriculum.CURRICULA if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
-    if made_with(out) or args.resume is not None and not any(map(made_with, Path(out).glob("*"))):
-        raise ValueError(f"{out} is a run or holds none; choose another")
+    if made_with(out) or args.resume not in (None, args.out):
+        raise ValueError(f"{out} is a run, holds none or isn't --out; choose another")
     for i, name in itertools.product(range(args.seeds), names):
         folders.append(folder := f"{out}/{name}-s{args.seed + i}")
         begun = args.resume is not None and made_with(folder)
@@ -602,7 +603,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
         args = make_parser().parse_args(argv)
         if args.resume is not None and not (changes or made_with(out := args.resume or args.out or ".")):
             if begun := sorted(Path(out).glob("*/args.json"), key=os.path.getmtime):
-                argv = [*made_with(begun[-1].parent).get("command", []), *argv, "--out", out]
+                argv = [*made_with(begun[-1].parent).get("command", []), "--out", out, *argv, "--resume", out]
         args = Namespace(taught=[], **vars(make_parser().parse_args(argv)) | changes)
         if "" in {**vars(args), "resume": 0}.values():
             raise ValueError("empty argument")
