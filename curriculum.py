@@ -15,10 +15,9 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-# The gradual curriculum: when things happen, in progress 0..1.
+# When things happen, in progress 0..1; the first three: gradual.
 LEAK = (0.06, 0.26)  # labels of named classes leak in, from none to the budget
 ARRIVAL = (0.13, 0.28)  # images of the late classes join: of the first and of the last one
 NAMING = 0.10  # a late class gets its first labels this much after its images: time to be found
@@ -71,11 +70,11 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.05, 0.5 * (1 + math.cos(math.pi * ramp(progress, 0.6, 1.0))))
 
 
-def settling(progress: float, sparsity: float) -> tuple[float, float, float]:
-    """labelled_share, sparsity, crop of a Stage."""
+def settling(progress: float, sparsity: float) -> dict[str, float]:
+    """The fields of a Stage that change as labels spread."""
     t = ramp(progress, *SETTLING)
     share, crop = (first + (last - first) * t for first, last in (LABELLED_SHARE, CROP))
-    return share, cubic_sparsity(progress, sparsity), crop
+    return dict(labelled_share=share, sparsity=cubic_sparsity(progress, sparsity), crop=crop)
 
 
 def arrivals(num_classes: int, known: int) -> list[float]:
@@ -85,7 +84,11 @@ def arrivals(num_classes: int, known: int) -> list[float]:
     return [0.0] * known + [ARRIVAL[0] + i * step for i in range(late)]
 
 
-def gradual(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+# A curriculum gets the progress, the numbers of classes at last and at first, and the largest shares of
+# labels and of pruned weights, 0..1.
+
+
+def gradual(progress, num_classes, known, budget, sparsity) -> Stage:
     """No labels at first; labels leak in; new classes come, images before labels; then all of it together."""
     joined = arrivals(num_classes, known)
     classes = sum(t <= progress + 1e-9 for t in joined)  # 1e-9: rounding
@@ -97,46 +100,46 @@ def gradual(progress: float, num_classes: int, known: int, budget: float, sparsi
         name = "maturity"
     else:
         name = "new classes" if classes > known else "labels leak"
-    mix = {
-        "ntxent": 1.0 - 0.5 * leak,
-        "aggregation": (0.5 - 0.4 * leak) * ramp(progress, 0.05, 0.15),
-        "propagation": leak,
-        "supervised": float(leak > 0),
-    }
-    return Stage(name, classes, named, budget * leak, mix, *settling(progress, sparsity), leak > 0)
+    mix = dict(
+        ntxent=1.0 - 0.5 * leak,
+        aggregation=(0.5 - 0.4 * leak) * ramp(progress, 0.05, 0.15),
+        propagation=leak,
+        supervised=float(leak > 0),
+    )
+    return Stage(name, classes, named, budget * leak, mix, **settling(progress, sparsity), discovery=leak > 0)
 
 
-def self_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+def self_supervised(progress, num_classes, known, budget, sparsity) -> Stage:
     """All classes, no labels: NT-Xent, joined by local aggregation."""
     mix = dict(ntxent=1.0, aggregation=0.5 * ramp(progress, 0.10, 0.20), propagation=0.0, supervised=0.0)
     return Stage("self", num_classes, 0, 0.0, mix, 0.0, cubic_sparsity(progress, sparsity))
 
 
-def self_known(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+def self_known(progress, num_classes, known, budget, sparsity) -> Stage:
     """The same on the known classes alone: an encoder that never saw the others."""
     return self_supervised(progress, known, known, budget, sparsity)
 
 
-def semi(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+def semi(progress, num_classes, known, budget, sparsity) -> Stage:
     """All classes and the whole budget from the first epoch, with a constant mix of the losses."""
-    mix = {"ntxent": 0.5, "aggregation": 0.1, "propagation": 1.0, "supervised": 1.0}
-    return Stage("semi", num_classes, num_classes, budget, mix, *settling(progress, sparsity))
+    mix = dict(ntxent=0.5, aggregation=0.1, propagation=1.0, supervised=1.0)
+    return Stage("semi", num_classes, num_classes, budget, mix, **settling(progress, sparsity))
 
 
-def fully_supervised(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+def fully_supervised(progress, num_classes, known, budget, sparsity) -> Stage:
     """The ceiling: cross-entropy with every label."""
-    mix = {"ntxent": 0.0, "aggregation": 0.0, "propagation": 0.0, "supervised": 1.0}
+    mix = dict(ntxent=0.0, aggregation=0.0, propagation=0.0, supervised=1.0)
     pruned = cubic_sparsity(progress, sparsity)
     return Stage("supervised", num_classes, num_classes, 1.0, mix, 1.0, pruned, CROP[1])
 
 
-def labels_only(progress: float, num_classes: int, known: int, budget: float, sparsity: float) -> Stage:
+def labels_only(progress, num_classes, known, budget, sparsity) -> Stage:
     """The floor: cross-entropy on labelled images alone."""
     ceiling = fully_supervised(progress, num_classes, known, budget, sparsity)
     return replace(ceiling, name="labels only", label_fraction=budget, crop=CROP[0])
 
 
-CURRICULA: dict[str, Callable[..., Stage]] = {  # some ignore known, budget
+CURRICULA = {
     "gradual": gradual,
     "self": self_supervised,
     "self-known": self_known,
@@ -146,15 +149,7 @@ CURRICULA: dict[str, Callable[..., Stage]] = {  # some ignore known, budget
 }
 
 
-def stage(
-    name: str,
-    epoch: int,
-    epochs: int,
-    num_classes: int,
-    known: int | None = None,
-    budget: float = 0.1,
-    sparsity: float = 0.0,
-) -> Stage:
+def stage(name, epoch: int, epochs: int, num_classes: int, known=None, budget=0.1, sparsity=0.0) -> Stage:
     """The Stage of an epoch (0..epochs-1) of the curriculum `name`.
 
     num_classes: number of classes; known: those at the start (None: 7 of 10); budget: the largest
@@ -173,6 +168,12 @@ def stage(
         if not low <= value <= high:
             raise ValueError(f"{label} must be in {low}..{high}, not {value}")
     return CURRICULA[name](epoch / max(epochs - 1, 1), num_classes, known, budget, sparsity)
+
+
+def schedule(name: str, epochs: int, *settings) -> list[Stage]:
+    """The Stage of each epoch of a run; a single epoch is the last of two. settings: as for `stage`."""
+    most = max(epochs, 2)
+    return [stage(name, epoch, most, *settings) for epoch in range(most - epochs, most)]
 
 
 def going_on(stages: list[Stage]) -> list[Stage]:
@@ -208,7 +209,7 @@ def table(name: str, epochs: int = 30, num_classes: int = 10, sparsity: float = 
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv=None) -> None:
     """Print the six schedules as tables."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     print("\n\n".join(table(name, sparsity=0.8) for name in CURRICULA))

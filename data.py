@@ -67,7 +67,7 @@ def load_dataset(name: str, root="data", download=True, image_size: int = 32, le
     """
     root, folder, notes = Path(os.path.expanduser(root)), name.removeprefix("folder:"), []
     if name in ARCHIVES and (root / name / "train").is_dir() and not (root / ARCHIVES[name]).is_dir():
-        folder = root / name
+        folder = root / name  # its images as files
     if folder != name:
         splits, classes, notes = read_folder(folder, image_size, least)
     elif name == "digits":
@@ -152,7 +152,7 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
         cause = f"could not be downloaded ({reason(error) if download else 'not asked for'})"
         raise wrong(f"{name}: {archive} {state} and {cause}; put the original files there") from None
     finally:
-        for folder in absent:
+        for folder in absent:  # if empty
             with suppress(OSError):
                 folder.rmdir()
     check_room(sum(map(len, parts)), size)
@@ -162,8 +162,8 @@ def read_torchvision(name: str, root: Path, download: bool, size: int) -> tuple[
         x = x.permute(0, 3, 1, 2) if x.ndim == 4 else F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
         x = x.contiguous()
         if size != 32:
-            small = x.split(1000)
-            x = torch.cat([F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in small])
+            chunks = x.split(1000)
+            x = torch.cat([F.interpolate(x, (size, size), mode="bicubic", antialias=True) for x in chunks])
         splits.append((x, torch.as_tensor(part.targets)))
     return tuple(splits), [str(c).split(" - ")[0] for c in parts[0].classes]
 
@@ -289,10 +289,10 @@ def walk(root: str, top: str, odd: dict) -> list[str]:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files among `paths` and in folders there, without hidden ones; if none, itself."""
+    """The files among `paths`, and for a folder all files in it that are not hidden; if none, the folder."""
     found = []
     for path in map(os.path.expanduser, paths):
-        files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else [""]
+        files = walk(path, "", defaultdict(list)) if os.path.isdir(path) else []
         found += [Path(path, file) for file in files] or [Path(path)]
     return found
 
@@ -361,7 +361,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not finite.size:
             raise ValueError("no pixel is a number")
         low, high = finite.min().item(), finite.max().item()
-        ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (1, 255)[: 1 + (high > 32)]
+        ends = (255, 4095, 65535) if values.dtype.kind in "iu" else (255 if high > 32 else 1,)
         low, high = next(((0, end) for end in ends if 0 <= low and high <= end), (low, high))
         values = np.where(values == image.info.get("transparency"), high, values.astype(np.float64))
         values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
@@ -387,8 +387,7 @@ def hold_out(dataset: Dataset, share: float = 0.1) -> Dataset:
     order = leak_order(y, seed=2**20)
     held = label_mask(order, y, share, range(len(dataset.classes))) | (order == 0)
     notes = [*dataset.notes, f"--validate: the test is {held.sum()} images of train instead"]
-    parts = dict(train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
-    return replace(dataset, **parts, notes=notes)
+    return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held], notes=notes)
 
 
 def inject(dataset: Dataset, spec: str, root="data") -> Dataset:
@@ -407,7 +406,7 @@ def inject(dataset: Dataset, spec: str, root="data") -> Dataset:
         if name in dataset.classes or names.count(name) > 1:
             raise wrong(f"--inject: a class '{name}' is there already")
     notes = [f"{source} (only {some(names)}): {note}" for note in other.notes]
-    rank = torch.full((len(other.classes) + 1,), -1)  # of the other's classes, and of no label
+    rank = torch.full((len(other.classes) + 1,), -1)  # new labels of other's classes; the last: of -1
     rank[[other.classes.index(name) for name in names]] = torch.arange(len(names)) + len(dataset.classes)
     parts = {"classes": dataset.classes + names, "notes": dataset.notes + notes}
     for x, y in ("train_x", "train_y"), ("test_x", "test_y"):
@@ -428,8 +427,8 @@ def leak_order(labels: Tensor, seed: int) -> Tensor:
     key = torch.rand(len(y), generator=torch.Generator().manual_seed(int(seed)), dtype=torch.float64)
     index = torch.from_numpy(np.lexsort((key, y)))  # by class, then by key
     count = y.bincount()
-    order = torch.empty_like(index)
-    order[index] = torch.arange(len(y)) - (count.cumsum(0) - count)[y[index]]
+    first = count.cumsum(0) - count  # of each class in index
+    order = index.argsort() - first[y]
     return order.masked_fill(y == 0, len(y)).to(labels.device)
 
 
@@ -440,11 +439,9 @@ def label_mask(order: Tensor, labels: Tensor, fraction: float, classes: Sequence
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the fraction of labels must be in 0..1, not {fraction}")
-    y = labels.long() + 1
-    count = y.bincount(minlength=1)  # [0]: no label
-    asked, quota = [int(c) + 1 for c in classes if 0 <= c < len(count) - 1], torch.zeros_like(count)
-    quota[asked] = (count[asked].double() * fraction + 0.5).long()
-    return order < quota[y]
+    y = labels.long() + 1  # 0: no label, whose order exceeds any quota
+    quota = (y.bincount(minlength=1).double() * fraction + 0.5).long()
+    return (order < quota[y]) & torch.isin(y, y.new_tensor([int(c) + 1 for c in classes]))
 
 
 @dataclass
@@ -470,7 +467,7 @@ def pools(stages, y: Tensor, order: Tensor, classes: int, known: int, replay, ta
     now = Pool(nothing, nothing, taught, nothing, nothing, taught)
     for stage in stages:
         if stage.classes > there:
-            latest, there = there, stage.classes  # from `latest` on came last
+            latest, there = there, stage.classes  # classes from `latest` on are the newest
         active = y < there
         if replay is not None and there > known:
             active &= (y >= latest) | (order < replay) | (y < 0)
@@ -556,7 +553,7 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
     """Rows as CSV in UTF-8, floats with six digits."""
     columns = columns or [*dict.fromkeys(key for row in rows for key in row)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")  # quotes \r
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if v == v})

@@ -7,7 +7,6 @@
 
 import argparse
 import csv
-import functools
 import inspect
 import json
 import math
@@ -17,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rows, Names = Sequence[dict], Sequence[str]
 ANY_SIZE = ("gcd_accuracy", "open_world", "concept_scores")
 PARTS = ("h", "z", "logits")  # a network returns
-MASKS = ("among", "labelled", "new", "is_new")
+MASKS = ("among", "labelled", "new", "is_new")  # to bool
 
 # ---- the encoder ----
 
@@ -39,7 +38,7 @@ def measured(function: Callable) -> Callable:
     ValueError: no rows, unequal numbers of rows (train_*, test_* may differ), NaN, or *_y < 0.
     """
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args, **options):
         given, rows = inspect.signature(function).bind(*args, **options).arguments, {}
         cpu, cuda = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
@@ -97,7 +96,7 @@ def linear_probe(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tenso
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
         held, rest = order[: max(1, len(order) // 5)], order[len(order) // 5 :]
         parts = train_h[rest], train_y[rest], train_h[held], train_y[held]
-        l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=lambda value: linear_probe(*parts, value))
+        l2 = max((1e-1, 1e-2, 1e-3, 1e-4), key=partial(linear_probe, *parts))
     mean = train_h.mean(0)
     std = train_h.std(0, correction=0).maximum(1e-6 * mean.abs()).clamp(1e-30)
     train_h, test_h = (train_h - mean) / std, (test_h - mean) / std
@@ -140,7 +139,7 @@ def novelty_auroc(score: Tensor, is_new: Tensor) -> float:
     """Area under the ROC (0..1) of a score [N], higher for novel images, against is_new (bool [N])."""
     from sklearn.metrics import roc_auc_score
 
-    if is_new.all() or not is_new.any():
+    if len(is_new.unique()) < 2:
         raise ValueError("is_new must hold both new and known images")
     return float(roc_auc_score(is_new.cpu(), score.cpu()))
 
@@ -195,7 +194,7 @@ def epoch_accuracy(predicted: Tensor, y: Tensor, known: int) -> dict:
     return {name: fraction(right, part) for name, part in parts.items()}
 
 
-def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str, float | None]:
+def accuracy_by_class(predicted: Tensor, y: Tensor, classes: list[str]) -> dict[str, float | None]:
     """Columns accuracy_<name> of log.csv; None without images."""
     return {f"accuracy_{name}": fraction(predicted == y, y == c) for c, name in enumerate(classes)}
 
@@ -204,24 +203,27 @@ def accuracy_by_class(predicted: Tensor, y: Tensor, classes: Names) -> dict[str,
 def open_set(claims: Tensor, limit: float, unnamed: Tensor, right: Tensor, named: Tensor, present) -> dict:
     """How well images of nameless classes are recognised, by claims [T] below the limit.
 
-    bool [T]: unnamed: the best unit is; right: the class is; named, present: the true class is (in the pool).
+    bool [T]: unnamed: the best unit is; right: the best class is; named: the true class is; present: the true
+    class is named or in the pool.
     """
     unknown, known = (claims < limit) | unnamed, named[present]
     return {
         "open_accuracy": torch.where(named, right & ~unknown, unknown).float().mean().item(),
         "unknown_found": fraction(unknown, ~named),
-        "novelty_auroc": novelty_auroc(-claims[present], ~known) if known.any() and not known.all() else None,
+        "novelty_auroc": novelty_auroc(-claims[present], ~known) if len(known.unique()) > 1 else None,
     }
 
 
 @measured
 def pseudo_label_quality(pseudo: Tensor, confidence: Tensor, y: Tensor, among: Tensor) -> dict:
     """Of the images `among` (bool [N]): pseudo-labels [N] that are right, sure."""
-    right, sure = fraction(pseudo == y, among), fraction(confidence > 0.8, among)
-    return {"pseudo_accuracy": right, "pseudo_coverage": sure}
+    return {
+        "pseudo_accuracy": fraction(pseudo == y, among),
+        "pseudo_coverage": fraction(confidence > 0.8, among),
+    }
 
 
-def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: Rows, known: Names) -> dict:
+def final_metrics(train: tuple, test: tuple, budget: Tensor, rows: list[dict], known: list[str]) -> dict:
     """Metrics for summary.json from (h [N,D], y [N], -1: none) of training and test images.
 
     budget: bool [N], training labels that may leak; rows: of log.csv; known: the old classes.
@@ -290,18 +292,17 @@ def semi_kmeans(h: Tensor, y: Tensor, labelled: Tensor, k: int, seed=0) -> Tenso
 
 @measured
 def concept_scores(unit: Tensor, y: Tensor, unnamed: Sequence[int], nameless: Sequence[int]) -> dict:
-    """How unnamed units fit the classes that never get a name; unit, y int64 [N]: -1 for none.
+    """How unnamed units fit the nameless classes; unit, y int64 [N]: of each image, -1 for none.
 
-    concepts: such units; concepts_true: such classes mostly in one of them, as its largest part; purity:
-    {unit: share of its largest class}.
+    Returns concepts, how many units are unnamed; concepts_true, in how many the largest class is
+    nameless and nowhere larger; purity, {unit: share of its largest class, or None}.
     """
     told = (unit >= 0) & (y >= 0)
-    table = torch.zeros(*(1 + max([0, *unnamed, *values.unique().tolist()]) for values in (unit, y)))
+    table = torch.zeros(1 + max([0, *unnamed, *unit.tolist()]), 1 + max([0, *y.tolist()]))
     table.index_put_((unit[told].cpu(), y[told].cpu()), torch.ones(1), accumulate=True)
     home, largest = table.argmax(0).tolist(), table.argmax(1).tolist()  # of a class, of a unit
-    best = [(c, u) for c, u in enumerate(home) if largest[u] == c and table[u, c]]
-    true = [c for c, u in best if c in nameless and u in unnamed]
     purity = {u: (table[u].max() / table[u].sum()).item() if table[u].any() else None for u in unnamed}
+    true = [u for u in purity if purity[u] and largest[u] in nameless and home[largest[u]] == u]
     return {"concepts": len(purity), "concepts_true": len(true), "purity": purity}
 
 
@@ -333,7 +334,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
     logits = logits.log_softmax(1).clamp(-1e3)
 
-    def loss(t):  # log T
+    def loss(t):  # log T, drawn to 0
         return F.cross_entropy(logits / math.exp(t), y).item() + t * t / len(y)
 
     return math.exp(minimize_scalar(loss, bounds=np.log([0.05, 20]), method="bounded").x)
@@ -404,7 +405,7 @@ def log_header() -> str:
     return f"{line}  accuracy    old    new   open  pruned  img/s    left"
 
 
-def log_line(rows: Rows, epochs: int, events: Rows) -> str:
+def log_line(rows: list[dict], epochs: int, events: list[dict]) -> str:
     """The last row of log.csv and events."""
     row, pace = rows[-1], mean(row["seconds"] for row in rows[-5:])
     line = f"{row['epoch']:4d}/{epochs:<4d}{row['stage']:12s} {row['classes']:7d}  {row['labels']:6d}"
@@ -455,7 +456,7 @@ def attempt(draw, *args):
     return True
 
 
-@functools.cache
+@cache
 def say_once(text):
     """Print a line, unless None, to stderr, once."""
     if text:
@@ -501,9 +502,13 @@ def draw_curves(rows, classes, path):
     """Accuracy, losses, labels, the unknown; rows: of log.csv."""
     known, names = rows[0]["classes"], [row["stage"] for row in rows]
     starts = [i for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-    shares = dict(labelled="images with a label", pseudo_accuracy="pseudo-labels right")
-    shares |= dict(pseudo_coverage="pseudo-labels sure (> 0.8)", novelty_auroc="AUROC of the claim")
-    shares |= dict(open_accuracy="right, unknown\nbeing an answer")
+    shares = dict(
+        labelled="images with a label",
+        pseudo_accuracy="pseudo-labels right",
+        pseudo_coverage="pseudo-labels sure (> 0.8)",
+        novelty_auroc="AUROC of the claim",
+        open_accuracy="right, unknown\nbeing an answer",
+    )
     some = dict(old_accuracy="the old classes", new_accuracy="the late classes")
     each = {f"accuracy_{name}": shown(name) + " (late)" * (c >= known) for c, name in enumerate(classes)}
     panels = some if len(classes) > len(COLOURS) else each, {f"loss_{term}": term for term in TERMS}, shares
@@ -529,7 +534,8 @@ def draw_life(rows, events, classes, path, owner):
     """Which unit stands for what in each epoch; of many, those that change."""
     units, end = rows[0]["units"], rows[-1]["epoch"] + 1
     first = next((row["epoch"] for row in rows if row["labels"]), end)
-    told = sorted({event["unit"] for event in events} - {None} | set(range(units * (units <= 25))))
+    changed = {event["unit"] for event in events} - {None}
+    told = sorted(changed | {*range(units)} if units <= 25 else changed)
     with figure(path, 9, 1.6 + 0.27 * len(told)) as ax:
         for line, unit in enumerate(told):
             life = [event for event in events if event["unit"] == unit]
@@ -546,8 +552,8 @@ def draw_life(rows, events, classes, path, owner):
                 else:
                     look = dict(color=style(classes.index(name))["color"])
                 ax.barh(line, length, left=event["epoch"] - 0.5, height=0.7, **look)
-                text *= len(text) < 95 * length / end
-                ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
+                if len(text) < 95 * length / end:
+                    ax.text(event["epoch"] - 0.3, line, text, va="center", fontsize=7, bbox=BOX)
         arrived = [(e["epoch"], e["class"]) for e in events if e["event"] == "arrived"]
         for epoch in dict(arrived):
             ax.axvline(epoch - 0.5, color="black", lw=0.8, ls=":")
@@ -561,15 +567,14 @@ def draw_life(rows, events, classes, path, owner):
 @measured
 def project(h: Tensor, method="tsne") -> np.ndarray:
     """Embeddings [N,D] -> points [N,2] by "pca", "tsne" or "umap"; else ValueError."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
+    from sklearn import decomposition, manifold
 
     unit = F.normalize(h, dim=1).cpu().numpy()
     if method not in METHODS:
         raise ValueError(f"method is one of {[*METHODS]}, not {method!r}")
-    way = PCA(2, random_state=0)
+    way = decomposition.PCA(2, random_state=0)
     if method == "tsne":
-        way = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
+        way = manifold.TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0)
     elif method == "umap":
         try:
             from umap import UMAP
@@ -677,7 +682,6 @@ APART = "seed class_order out resume data_dir device embedding torch commit mach
 
 def read_runs(path):
     """Settings, summary of each run; else ValueError."""
-
     try:
         if (path := Path(path)).suffix == ".csv":
             rows = csv.DictReader(path.open(encoding="utf-8-sig"))
@@ -719,10 +723,11 @@ def compare(paths):
     for setting, runs in zip(settings, groups.values(), strict=True):
         name = curriculum = setting["curriculum"]
         for k in dict.fromkeys(k for s in settings for k in s if k != "curriculum"):
-            alike = [s for s in settings if s["curriculum"] == curriculum and k in s]
-            alike += [s for s in settings if s.get(k, "null") != "null" and k not in ("lr", "label_budget")]
-            v, values = setting.get(k, "null"), {s[k] for s in alike}
-            if len(values) > 1 and v not in ("null", "false", "[]"):
+            v = setting.get(k, "null")
+            others = [s for s in settings if s.get(k, v) != v]
+            within = any(s["curriculum"] == curriculum for s in others)
+            between = any(s[k] != "null" for s in others) and k not in ("lr", "label_budget")
+            if (within or between) and v not in ("null", "false", "[]"):
                 name += f" {k.replace('_', '-')}=" + re.sub(r'[]["]|(?<=,) ', "", v)
         name += f" ({len(result) + 1})" * (name in result)
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
@@ -777,8 +782,8 @@ def write_compact(source, path):
 
     whole = model.load(source)
     small, x = model.compact(whole), torch.rand(32, 3, whole.image_size, whole.image_size)
-    data.write_atomically(path, functools.partial(torch.save, model.pack(small)))
-    apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max().item() for part in PARTS)
+    data.write_atomically(path, partial(torch.save, model.pack(small)))
+    apart = max((embed(whole, x, part) - embed(small, x, part)).abs().max() for part in PARTS)
     size, left = (sum(p.numel() for p in n.encoder.parameters()) for n in (whole, small))
     return f"{path}: {left:,} of {size:,} weights in the encoder; outputs differ by {apart:.1e}"
 
@@ -845,7 +850,7 @@ def name_units(path, pairs):
         lines.append(f"unit {unit} answers {name}" + "".join(others))
     if checkpoint["answering"]:
         checkpoint["answering"]["unnamed"] = found
-    data.write_atomically(path, functools.partial(torch.save, checkpoint))
+    data.write_atomically(path, partial(torch.save, checkpoint))
     lines += ["if it still trains, it forgets this"] * (not path.with_name("summary.json").exists())
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ utility (Dohare et al. 2024, Nature 632).
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from functools import wraps
 
@@ -54,9 +54,9 @@ def linear_of(head: nn.Module) -> nn.Linear:
 
 def states_of(head: nn.Linear, optimizer: Optimizer | None) -> dict:
     """The optimizer state of weight and bias; ValueError if not one value for each weight."""
-    rows = [p for p in (head.weight, head.bias) if p is not None]
-    states = {p: (optimizer.state if optimizer else {}).get(p, {}) for p in rows}
-    sized = [(p, v) for p in rows for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
+    known = optimizer.state if optimizer else {}
+    states = {p: known.get(p, {}) for p in (head.weight, head.bias) if p is not None}
+    sized = [(p, v) for p in states for v in states[p].values() if torch.is_tensor(v) and v.numel() > 1]
     odd = type(optimizer).__name__ in ("LBFGS", "Rprop", "Adafactor")
     if odd or any(v.shape != p.shape for p, v in sized):
         raise ValueError(f"units cannot change under {type(optimizer).__name__}; use SGD, Adam or AdamW")
@@ -179,7 +179,7 @@ class Units:
     age: epochs since a unit got its owner; below `mature` it is not redundant, nor merged
     """
 
-    def __init__(self, owner: Sequence[int], mature=3, device="cpu"):
+    def __init__(self, owner, mature=3, device="cpu"):
         self.owner, self.age, self.mature = list(owner), [mature] * len(owner), mature
         self.given: dict[int, str] = {}
         self.utility = torch.full((len(self.owner),), 1 / max(len(self.owner), 1), device=device)
@@ -260,11 +260,11 @@ class ConfusionMonitor:
         h, known = (F.normalize(x.float(), dim=1) for x in (h, known_h))  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
-        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()
+        named = len(known) + ((h @ classes.T).amax(1) > reach**2).sum()  # images of named classes
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
-            """Whether rows of x [n,D] are like a centre [D], no class more."""
+            """Which rows of x [n,D] resemble a centre [D], and no class more: bool [n]."""
             cosine = x @ centre
             return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
 
@@ -367,7 +367,7 @@ class HeadManager:
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
         self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
         self.epoch, self.events, self.given = 0, [], self.units.given
-        self.final = y < -1  # bool [N], labelled at last
+        self.final = y < -1  # none, until set: images labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
             raise ValueError("owner must have an entry for each unit")
 
@@ -406,7 +406,7 @@ class HeadManager:
         return head_logits(self.ema.head, h).masked_fill(~self.units.in_use(taught), -math.inf)
 
     def probabilities(self, h: Tensor, taught: Tensor) -> Tensor:
-        """Of each class, its units together, and each unit without one, for h [N,D]: [N,C+U]."""
+        """For h [N,D]: of each class, by all units of its name, then of each unit without one: [N,C+U]."""
         p = self.logits(h, taught).softmax(1).T  # (U, N)
         return sums(p, self.answered(taught), len(taught) + len(p)).T
 
@@ -460,14 +460,13 @@ class HeadManager:
             unit, _ = self.open_unit(pool, UNNAMED, surest)
             concept[members] = unit
             self.log_unit("opened", unit, surest)
-        member = concept[watched] if monitor.settled else -1  # (W)
         ages = [self.units.age[unit] for unit in self.units.unnamed()]
-        over = monitor.settled and min(ages, default=0) > 4 * monitor.cooldown + 2
-        votes[watched] = torch.where(unclaimed & (member < 0), -1 if over else UNKNOWN, member)
-        return votes
+        if not monitor.settled or min(ages, default=0) <= 4 * monitor.cooldown + 2:
+            votes[watched[unclaimed]] = UNKNOWN
+        return torch.where(concept < 0, votes, concept) if monitor.settled else votes
 
     def centres(self, h: Tensor, member: Tensor) -> Tensor:
-        """Unit means [U,D] of embeddings h [N,D] by unit, int64 [N] or -1; zero without any."""
+        """Normalized means [U,D] of h [N,D] over each unit's images (int64 [N] or -1); zero without any."""
         return F.normalize(sums(h, member + 1, len(self.units.owner) + 1)[1:], dim=1)
 
     def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:

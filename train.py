@@ -62,15 +62,15 @@ class State:
         self.optimizer = model.configure_optimizer(self.network, args.lr)
         self.bank = losses.MemoryBank(len(y), 128, device=y.device)
         self.bf16 = bf16 = model.supports_bf16(y.device)
-        self.rows, self.first_sight = [], {}
-        self.before = self.answering = None
+        self.rows, self.first_sight = [], {}  # of log.csv; accuracies of late classes when named
+        self.before = self.answering = None  # of `earlier`; see evaluate_epoch
         watched = data.sample(y >= -1, max(3000, 60 * len(classes)), args.seed)
         networks = self.network, self.ema, self.optimizer
         self.head = grow_prune.HeadManager(
             networks, lambda n, i: evaluate.embed(n, x[i], bf16=bf16), y, watched, classes, owner, args.seed
         )
 
-    def embed(self, x: Tensor, part: str = "h") -> Tensor:
+    def embed(self, x: Tensor, part="h") -> Tensor:
         """What the EMA makes of x [N,3,H,W]."""
         return evaluate.embed(self.ema, x, part, bf16=self.bf16)
 
@@ -115,14 +115,12 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         k = max(2, round(len(members) / 42))  # as in the paper
         clusters = losses.clusterings(rows, pool.active, k, generator=generator)
     if mix["propagation"]:
-        unknown = len(units.owner)
+        unknown = len(units.owner)  # as if there were one more unit
         count = votes[pool.labelled].bincount(minlength=unknown + 1)
         balance = count + (count > 0).float() if align else True
-        features = F.normalize(torch.cat([rows[members], h[members]], 1))  # (M, 128 + D)
+        both = F.normalize(torch.cat([rows[members], h[members]], 1))  # (M, 128 + D)
         voted = torch.where(votes == grow_prune.UNKNOWN, unknown, votes)[members]  # (M)
-        unit, sure = losses.propagate_labels(
-            features, voted, voted >= 0, k=50, temperature=0.1, balance=balance
-        )
+        unit, sure = losses.propagate_labels(both, voted, voted >= 0, k=50, temperature=0.1, balance=balance)
         pseudo[members] = unit.masked_fill(unit == unknown, -1)
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
     label = torch.where(pool.labelled, votes, -1)
@@ -151,9 +149,9 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     if mix["aggregation"]:
         terms["aggregation"] = losses.local_aggregation(z, index2, bank, targets.clusters, near)
     if mix["propagation"]:
-        group, onehot = targets.pseudo[None], losses.one_hot(targets.pseudo[index2], len(in_use))  # (2B, U)
-        together = losses.local_aggregation(z, index2, bank, group, near, reduction="none")  # (2B)
-        named = losses.supervised(logits, onehot, in_use, reduction="none")  # (2B)
+        onehot = losses.one_hot(targets.pseudo[index2], len(in_use))  # (2B, U)
+        together = losses.local_aggregation(z, index2, bank, targets.pseudo[None], near, reduction="none")
+        named = losses.supervised(logits, onehot, in_use, reduction="none")  # both (2B)
         terms["propagation"] = losses.propagation(together, named, targets.confidence[index2])
     if mix["supervised"]:
         onehot = losses.one_hot(targets.label[index2], len(in_use))  # (2B, U)
@@ -179,9 +177,9 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     size = min(args.batch_size, max(2, len(y)))
     steps = max(math.ceil(len(y) / size), args.min_steps)
     known, most = args.known_classes, len(classes) - args.never_named
-    epochs = max(args.epochs, 2)  # one: the last of 2
-    options = (epochs, len(classes), known, args.label_budget, args.prune)
-    stages = [curriculum.stage(args.curriculum, e, *options) for e in range(epochs)][-args.epochs :]
+    stages = curriculum.schedule(
+        args.curriculum, args.epochs, len(classes), known, args.label_budget, args.prune
+    )
     if args.taught:
         stages = curriculum.going_on(stages)
     least = int(y.min()) + 1  # the pool needs an image
@@ -189,21 +187,23 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
     taught = torch.tensor([name in args.taught for name in classes], device=device)
     leak = data.leak_order(y, args.seed)
     pools = data.pools(stages, y, leak, len(classes), known, args.replay, taught)
-    names = saved["names"] if saved else earlier.names if earlier else range(min(stages[0].classes, most))
-    state, fingerprint = State(args, dataset, len(names), earlier), data.fingerprint(dataset)
+    units = min(stages[0].classes, most)
+    if saved or earlier:
+        units = len(saved["names"] if saved else earlier.names)
+    state, fingerprint = State(args, dataset, units, earlier), data.fingerprint(dataset)
     head, pool, h = state.head, pools[-1], None  # h: [N,D]
     head.final, pace = pool.labelled, round(args.epochs / 30)
     head.monitor.cooldown, head.units.mature = pace, pace + 1
 
-    def right(among: Tensor) -> Tensor:
-        return head.predict(state.embed(dataset.test_x), among)[1] == dataset.test_y
+    def right(choice):
+        return head.predict(state.embed(dataset.test_x), choice)[1] == dataset.test_y
 
     if saved:
         state.load_state_dict(saved)
     elif earlier:
         state.before = evaluate.fraction(right(taught), taught[dataset.test_y])
 
-    def save() -> None:
+    def save():
         about = dict(version=VERSION, args=vars(args), fingerprint=fingerprint, names=head.names(pool.taught))
         data.write_atomically(f"{args.out}/checkpoint.pt", partial(torch.save, about | state.state_dict()))
 
@@ -240,9 +240,9 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         for c in (pool.taught & ~before).nonzero()[:, 0].tolist() if epoch or earlier else ():
             head.name_class(pool, c, votes, h)
             if c >= known and before.any():
-                among = before.clone()
-                among[c] = True
-                state.first_sight[classes[c]] = evaluate.fraction(right(among), dataset.test_y == c)
+                choice = before.clone()
+                choice[c] = True
+                state.first_sight[classes[c]] = evaluate.fraction(right(choice), dataset.test_y == c)
         votes[pool.labelled] = head.units.of_classes(len(classes))[y[pool.labelled]]
 
         # 2. Clusters and pseudo-labels.
@@ -281,14 +281,14 @@ def train(args, dataset, saved: dict | None, earlier) -> None:
         evaluate.say_once(data.write_table(f"{args.out}/log.csv", state.rows))
         evaluate.say_once(data.write_table(f"{args.out}/events.csv", head.events, grow_prune.EVENT))
         save()
-        news = [e for e in head.events if e["epoch"] == epoch + 1]
+        news = [e for e in head.events if e["epoch"] == head.epoch]
         print(evaluate.log_line(state.rows, args.epochs, news), flush=True)
     model.set_learning_rate(state.optimizer, 0.0)  # if resumed, too
     finish(args, state, dataset, stages, pools, leak, save)
 
 
 def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> dict:
-    """A row of log.csv, on a test sample, at last on all; sets state.answering."""
+    """A row of log.csv, from some test images, in the last epoch from all; sets state.answering."""
     head, y, taught, labels = state.head, dataset.train_y, pool.taught, int(pool.labelled.sum())
     unnamed, hidden = head.units.unnamed(), pool.active & ~pool.labelled & (y >= 0)
     row = dict(epoch=head.epoch, stage=stage.name, classes=stage.classes, labels=labels)
@@ -296,12 +296,13 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
     row |= dict.fromkeys("accuracy old_accuracy new_accuracy open_accuracy novelty_auroc".split())
     if taught.any():
         last, few = head.epoch == args.epochs, max(1000, len(y) // 5)
-        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else few, seed=0)
+        asked = data.sample(dataset.test_y >= 0, len(dataset.test_y) if last else few, 0)
         test_h, test_y = state.embed(dataset.test_x[asked]), dataset.test_y[asked]
         unit, guess = head.predict(test_h, taught)
         most = len(taught) - args.never_named
         told = test_y < most
         row |= evaluate.epoch_accuracy(guess[told], test_y[told], args.known_classes)
+        # Always of the same images.
         row |= evaluate.accuracy_by_class(guess[:few], test_y[:few], dataset.classes[:most])
         if labels and (args.curriculum == "gradual" or last):
             near = head.neighborhood(pool, pool.labelled)
@@ -309,13 +310,13 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             labelled = pool.labelled[near]
             limit = -math.inf if head.lacks_labels(pool) else grow_prune.threshold(near_h, labelled)
             claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
-            if last and named.any():  # trained ones claim more
+            if last and named.any():  # claims of training images are higher
                 limit = min(limit, claims[named].quantile(0.05).item())
-            memory = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0, h=near_h.half())
-            state.answering = memory
+            state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
+            state.answering["h"] = near_h.half()
             if args.curriculum == "gradual":
-                parts = guess == test_y, named, named | (test_y < stage.classes)
-                row |= evaluate.open_set(claims, limit, torch.isin(unit, unit.new_tensor(unnamed)), *parts)
+                found, present = torch.isin(unit, unit.new_tensor(unnamed)), named | (test_y < stage.classes)
+                row |= evaluate.open_set(claims, limit, found, guess == test_y, named, present)
         if h is not None and hidden.any():
             row |= evaluate.gcd_accuracy(head.predict(h[hidden], taught)[0], y[hidden], ~taught[y[hidden]])
     pseudo, among = head.answered(taught)[targets.pseudo], hidden & taught[y] & (targets.pseudo >= 0)
@@ -355,7 +356,6 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
         summary |= evaluate.open_world(train_h[here], y[here], pool.labelled[here], new[here])
         summary |= evaluate.concept_scores(unit[hidden], y[hidden], unnamed, nameless)
     if memory and len(named) > 1:
-        near = memory["h"].to(test_h), memory["labelled"].to(y.device)
         fit, held = named[::2], named[1::2]
         memory["temperature"] = evaluate.fit_temperature(log_p[fit], test_y[fit])
         for key, temperature in ("_before", 1.0), ("", memory["temperature"]):
@@ -371,14 +371,17 @@ def finish(args, state, dataset, stages, pools, leak: Tensor, save) -> None:
     if head.events:
         draw(evaluate.draw_life, rows, head.events, classes, out / "life.png", head.units.owner)
     if memory and len(named) > 1:
-        draw(evaluate.draw_confusion, guess[named], test_y[named], classes[:most], out / "confusion.png")
-        sure = (log_p / memory["temperature"]).softmax(1)[:, : len(classes)].amax(1)
-        sheet = evaluate.mistake_rows(*(x[named] for x in (dataset.test_x, guess, sure, test_y)), classes)
+        told, true = guess[named], test_y[named]
+        draw(evaluate.draw_confusion, told, true, classes[:most], out / "confusion.png")
+        sure = (log_p / memory["temperature"]).softmax(1)[named, : len(classes)].amax(1)
+        sheet = evaluate.mistake_rows(dataset.test_x[named], told, sure, true, classes)
         draw(evaluate.contact_sheet, out / "mistakes.png", sheet, "Surest mistakes on test images")
-        unknown = pool.active & ~pool.labelled & (grow_prune.claim(train_h, *near) < memory["limit"])
-        unit = unit.masked_fill(~pool.active | unknown & ~torch.isin(unit, unit.new_tensor(unnamed)), -1)
-        sheet = (dataset.train_x, train_h, unit, unknown & (unit < 0), head.names(taught))
-        draw(evaluate.contact_sheet, out / "concepts.png", evaluate.concept_rows(*sheet), "Units of the head")
+        claims = grow_prune.claim(train_h, memory["h"].to(test_h), memory["labelled"].to(y.device))
+        unknown = pool.active & ~pool.labelled & (claims < memory["limit"])
+        unknown &= ~torch.isin(unit, unit.new_tensor(unnamed))
+        unit = unit.masked_fill(~pool.active | unknown, -1)
+        sheet = evaluate.concept_rows(dataset.train_x, train_h, unit, unknown, head.names(taught))
+        draw(evaluate.contact_sheet, out / "concepts.png", sheet, "Units of the head")
     if unnamed := [u for u in unnamed if u not in head.given and (unit == u).any()]:
         count = sum((unit == u).sum() for u in unnamed)
         print(f"Units {unnamed} ({count:,} images) have no name. Look at {out}/concepts.png, then:")
@@ -423,7 +426,7 @@ def within(bounds: str):
     kind = int if bounds.strip("0123456789") == ".." else float
     low, high = (kind(end or 2**31 - 1) for end in bounds.split(".."))
 
-    def number(text: str) -> float:
+    def number(text):
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
@@ -435,7 +438,7 @@ def within(bounds: str):
 def make_parser() -> ArgumentParser:
     """The command line."""
 
-    def error(message: str):
+    def error(message):
         raise ValueError(message.removeprefix("argument "))
 
     parser = ArgumentParser(epilog=f"Defaults: after ';' or {curriculum.DEFAULTS}", allow_abbrev=False)
@@ -443,9 +446,9 @@ def make_parser() -> ArgumentParser:
     more = {"--curriculum": {"choices": [*curriculum.CURRICULA, "all"]}, "--from": {"dest": "origin"}}
     more |= {"--embedding": {"choices": evaluate.METHODS}, "--resume": {"nargs": "?", "const": ""}}
     parser.add_argument("--validate", action="store_true", help="test on a tenth of training images")
-    for flag, text in (line.split(": ", 1) for line in FLAGS.strip().splitlines()):
-        flag, kind = flag.split()
-        kind, _, default = kind.partition("=")
+    for line in FLAGS.strip().splitlines():
+        flag, kind, text = line.split(" ", 2)
+        kind, _, default = kind.strip(":").partition("=")
         options = {"type": within(kind) if ".." in kind else os.path.expanduser, "metavar": kind or None}
         options |= {"default": default or None} | more.get(flag, {})
         parser.add_argument(flag, help=text, **options)
@@ -504,7 +507,7 @@ def load(args) -> data.Dataset:
     return dataset
 
 
-def setup(args, argv: list[str]) -> tuple:
+def setup(args, argv) -> tuple:
     """Settings, data, checkpoint, earlier network; a folder."""
     out, earlier, saved = args.resume or args.out or ".", None, None
     if args.resume is None:
@@ -579,7 +582,7 @@ def claim_folder(args, about: dict) -> str:
     raise ValueError(f"--out {folder} is not an empty folder; choose another, or --resume its run")
 
 
-def several(args, argv: list[str]) -> int:
+def several(args, argv) -> int:
     """All curricula or seeds."""
     names = curriculum.CURRICULA if args.curriculum == "all" else [args.curriculum]
     out, folders = args.resume or args.out or f"runs/{args.curriculum}", []
@@ -594,9 +597,9 @@ def several(args, argv: list[str]) -> int:
     return evaluate.main([*folders, "--out", f"{out}/comparison.png"])
 
 
-def main(argv: list[str] | None = None, **changes) -> int:
+def main(argv=None, **changes) -> int:
     """Train. Status 0; 2: error; 130: stop."""
-    argv, status, way_on = sys.argv[1:] if argv is None else argv, 2, ""
+    argv, way_on = sys.argv[1:] if argv is None else argv, ""
     for stream in sys.stdout, sys.stderr:
         getattr(stream, "reconfigure", dict)(errors="replace")
     try:
@@ -617,7 +620,7 @@ def main(argv: list[str] | None = None, **changes) -> int:
     except KeyboardInterrupt:
         problem, status = "stopped", 130
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        problem = f"error: {data.reason(error)}"
+        problem, status = f"error: {data.reason(error)}", 2
         way_on *= not isinstance(error, FloatingPointError)
     print(f"train.py: {problem}{way_on}", file=sys.stderr)
     return status
