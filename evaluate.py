@@ -728,7 +728,7 @@ def compare(paths):
             within = any(s["curriculum"] == curriculum for s in others)
             between = any(s[k] != "null" for s in others) and k not in ("lr", "label_budget")
             if (within or between) and v not in ("null", "false", "[]"):
-                name += f" {k.replace('_', '-')}=" + re.sub(r'[]["]|(?<=,) ', "", v)
+                name += f" {k.replace('_', '-')}=" + re.sub(r'[]["]|(?<=",) ', "", v)
         name += f" ({len(result) + 1})" * (name in result)
         if len(runs) > len({(args["seed"], args["class_order"]) for args, _ in runs}):
             say_once(f"{name}: {len(runs)} runs repeat a seed: of other code?")
