@@ -1,10 +1,10 @@
 """A head that discovers, names, remembers and recycles its units, in a network that is pruned while it grows.
 
     claims, limit = claim(h, pool_h, named), threshold(pool_h, named)    # labels nearby?
-    group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # similar images without labels
+    group = monitor.find_concept(index, claims, limit, h, known_h, known_y)    # alike
     unit, how = units.allocate(head, optimizer, UNNAMED)    # recycled or new
     imprint(head, unit, h, others)    # point it at them
-    masks = prune_smallest(encoder, 0.8)    # and apply_masks after every step
+    masks = prune_smallest(encoder, 0.8)    # then apply_masks
 
 Sources: imprinting (arXiv 1712.07136); Fisher's discriminant (1936); pruning (arXiv 1710.01878, 1608.08710);
 utility (Dohare et al. 2024, Nature 632).
@@ -81,8 +81,8 @@ def grow_head(head: nn.Module, optimizer: Optimizer | None, count: int = 1) -> N
     """Add `count` units to a linear layer, in place, between two training steps.
 
     The parameters stay the same objects; old rows keep values, gradients and optimizer state. New ones have a
-    random direction, the mean length of the others, no bias and a state of zeros. Raises ValueError before
-    anything is changed: count < 1, no plain nn.Linear, an optimizer of other state (Adafactor, LBFGS, Rprop).
+    random direction, the mean length of the others, no bias and a state of zeros. ValueError before any
+    change: count < 1, no plain nn.Linear, an optimizer of other state (Adafactor, LBFGS, Rprop).
     """
     head = linear_of(head)
     if count < 1:
@@ -256,7 +256,6 @@ class ConfusionMonitor:
         again = (self.streak[index] >= self.patience).nonzero()[:, 0]  # (A)
         if self.cooldown_left or not len(known_y):
             return None
-        # The cosine of two images of a class is about reach**2.
         h, known = (F.normalize(x.float(), dim=1) for x in (h, known_h))  # (W, D), (L, D)
         reach, chance = resemblance(known_h, known_y), self.chance * (1 if self.settled else 20)
         classes = F.normalize(sums(known, known_y, int(known_y.max()) + 1), dim=1)
@@ -264,27 +263,28 @@ class ConfusionMonitor:
         at_least = max(20, round(self.at_least * int(named) / len(known_y.unique())))
 
         def around(x: Tensor, centre: Tensor) -> Tensor:
-            """Which rows of x [n,D] resemble a centre [D], and no class more: bool [n]."""
             cosine = x @ centre
-            return (cosine > reach**2) & (cosine > (x @ classes.T).amax(1))
+            return (cosine > radius) & (cosine > (x @ classes.T).amax(1))  # and no class more
 
-        while len(again) >= at_least:
-            rows = h[again]
-            similar = torch.cat([(part @ rows.T > reach**2).sum(1) for part in rows.split(1000)])  # (A)
-            if similar.max() < at_least:
-                break
-            alike = rows @ rows[similar.argmax()] > reach**2  # (A), to the one with most
-            inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
-            centre = F.normalize(rows[inside].mean(0), dim=0)
-            near, labels = around(h, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
-            expected = (near.sum() + labels) * len(known) / named
-            by_chance = torch.special.gammaincc(labels + 1.0, expected)  # Poisson: `labels` or fewer
-            group = again[near[again]]
-            group = group[h[group] @ centre > reach]  # (G)
-            if len(group) >= at_least and labels <= 2 / 3 * expected and by_chance <= chance:
-                self.cooldown_left = self.cooldown + 1
-                return group
-            again = again[~(alike | (rows @ centre > reach**2))]
+        # The cosine of two images of a class is about reach**2; where kinds overlap, that is too far.
+        for radius, rest in (reach**2, again), (reach, again):
+            while len(rest):
+                rows = h[rest]
+                similar = torch.cat([(part @ rows.T > radius).sum(1) for part in rows.split(1000)])  # (A)
+                if similar.max() < at_least:
+                    break
+                alike = rows @ rows[similar.argmax()] > radius  # (A)
+                inside = around(rows, F.normalize(rows[alike].mean(0), dim=0))
+                centre = F.normalize(rows[inside].mean(0), dim=0)
+                near, labels = around(h, centre) & claims.isfinite(), around(known, centre).sum()  # (W)
+                expected = (near.sum() + labels) * len(known) / named
+                by_chance = torch.special.gammaincc(labels + 1.0, expected)  # Poisson: `labels` or fewer
+                group = rest[near[rest]]
+                group = group[h[group] @ centre > reach]  # (G)
+                if len(group) >= at_least and labels <= 2 / 3 * expected and by_chance <= chance:
+                    self.cooldown_left = self.cooldown + 1
+                    return group
+                rest = rest[~(alike | (rows @ centre > radius))]
         return None
 
 
@@ -308,7 +308,7 @@ def claim(h: Tensor, pool_h: Tensor, named: Tensor, temperature: float = 0.2, ow
 def threshold(pool_h: Tensor, named: Tensor, reject: float = 0.05, temperature: float = 0.2) -> float:
     """The claim below which an image is unknown: quantile `reject` of the named ones; -inf without two.
 
-    Each is asked as if it had no label: about that share of the known images is unknown.
+    Each is asked as if it had no label.
     """
     claims = claim(pool_h[named], pool_h, named, temperature, own=1)
     return float(claims.quantile(reject)) if len(claims) > 1 else -math.inf
@@ -366,8 +366,8 @@ class HeadManager:
         self.network, self.ema, self.optimizer = networks
         self.embed, self.y, self.watched, self.classes, self.seed = embed, y, watched, classes, seed
         self.units, self.monitor = Units(owner, device=y.device), ConfusionMonitor(len(y), device=y.device)
-        self.epoch, self.events, self.given = 0, [], self.units.given
-        self.final = y < -1  # none, until set: images labelled at last
+        self.epoch, self.events, self.given, self.reach = 0, [], self.units.given, 1.0
+        self.final = y < -1  # set later: images labelled at last
         if any(linear_of(n.head).out_features != len(owner) for n in networks[:2]):
             raise ValueError("owner must have an entry for each unit")
 
@@ -450,7 +450,8 @@ class HeadManager:
                 monitor.streak[concept == unit], monitor.cooldown_left = monitor.patience, 0
                 self.release(unit)
         monitor.settled = not leaking
-        self.join_units(watched, unclaimed, h, resemblance(known_h, known_y))
+        self.reach = resemblance(known_h, known_y)
+        self.join_units(watched, unclaimed, h)
         self.review_units(pool, watched[~unclaimed], h)
         claims[concept[watched] >= 0] = math.inf
         group = monitor.find_concept(watched, claims, limit, h[watched], known_h, known_y)
@@ -469,12 +470,12 @@ class HeadManager:
         """Normalized means [U,D] of h [N,D] over each unit's images (int64 [N] or -1); zero without any."""
         return F.normalize(sums(h, member + 1, len(self.units.owner) + 1)[1:], dim=1)
 
-    def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor, reach: float) -> None:
+    def join_units(self, watched: Tensor, unclaimed: Tensor, h: Tensor) -> None:
         """Move the unclaimed watched images [W] to the nearest unnamed unit above cosine `reach`."""
         concept, unknown = self.monitor.concept, watched[unclaimed]  # (N), (V)
         cosine, nearest = (h[unknown] @ self.centres(h, concept).T).max(1)
         concept.fill_(-1)
-        concept[unknown] = torch.where(cosine > max(reach, 0), nearest, -1)
+        concept[unknown] = torch.where(cosine > max(self.reach, 0), nearest, -1)
         for unit in self.units.unnamed():
             if (concept == unit).sum() < 10:  # labels claim its images
                 self.release(unit)
@@ -482,26 +483,29 @@ class HeadManager:
     def review_units(self, pool, claimed: Tensor, h: Tensor) -> None:
         """Merge mature unnamed units of one kind, and split one that holds two.
 
-        usual: the median `separation` of the halves of a known class. Units less than 1.25 times that apart
-        are merged; a unit whose halves are more than 1.35 times that apart is split.
+        usual: the median `separation` of the halves of n images of a known class (of few, it is larger).
+        Units less than 1.25 times that apart are merged; a unit whose halves are 1.3 times that is split.
         claimed: int64 [V], images of known classes.
         """
         concept, guess = self.monitor.concept, self.predict(h[claimed], pool.taught_before)[1]  # (N), (V)
         parts = [h[claimed[guess == c]] for c in guess.unique()]  # (n, D) each
-        apart = [two_means(part)[0] for part in parts if len(part) >= 20]
-        usual, age = torch.tensor(apart or [math.nan]).nanmedian(), self.units.age
+
+        def usual(n=None):
+            apart = [two_means(part[:n])[0] for part in parts if len(part) >= 20]
+            return torch.tensor(apart or [math.nan]).nanmedian()
+
+        age, limit = self.units.age, 1.25 * usual()
         mature = [unit for unit in self.units.unnamed() if age[unit] >= self.units.mature]
         for a, b in itertools.combinations(mature, 2):
             gone, kept = sorted((a, b), key=lambda u: (u in self.given, int((concept == u).sum())))
-            near = separation(h[concept == a], h[concept == b]) < 1.25 * usual
-            if near and gone not in self.given:
+            if gone not in self.given and separation(h[concept == a], h[concept == b]) < limit:
                 self.log_unit("merged", gone, concept == gone)
                 concept[concept == gone] = kept
                 self.units.owner[gone] = FREE
         for unit in sorted({*self.units.unnamed()} - {*self.given}):
             index = (concept == unit).nonzero()[:, 0]  # (n)
             gap, second = two_means(h[index])  # bool (n)
-            if gap > 1.35 * usual and second.sum() >= 20:
+            if second.sum() >= 20 and gap > 1.3 * usual(len(index)):
                 age[unit] = 0  # not recycled for its half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
@@ -594,7 +598,7 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
 def smallest(sizes: list[Tensor], share: float) -> tuple[Tensor, ...]:
     """The smallest round(share n) of all n values in 1-D tensors: bool tensors. ValueError outside 0..1."""
     if not 0 <= share <= 1:
-        raise ValueError(f"the share to prune must be in 0..1, not {share}")
+        raise ValueError(f"a share must be in 0..1, not {share}")
     together = torch.cat(sizes or [torch.zeros(0)])
     chosen = torch.zeros_like(together, dtype=torch.bool)
     chosen[together.topk(round(share * len(together)), largest=False, sorted=False).indices] = True
@@ -666,7 +670,7 @@ def prune(model: nn.Module, sparsity: float, filters: float, before: dict[str, T
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Zero the weights that the masks do not keep; rows grown since are kept.
 
-    Raises ValueError, before anything is changed, for a mask that fits no parameter.
+    ValueError, before any change, for a mask that fits no parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():

@@ -1894,7 +1894,7 @@ def taught_by(x):
     every, kind = y >= 0, dict(flip=True, color=True, scale=(0.2, 1.0))
     dataset = data.Dataset(x, y, x, y, [*"0123456789"], (0.5,) * 3, (0.25,) * 3, **kind)
     mix = dict.fromkeys(train.TERMS, 1.0)
-    return dataset, train.Targets(mix, every, every[:10], y, y, every.float(), y.repeat(3, 1))
+    return dataset, train.Targets(mix, every, x.new_zeros(10), y, y, every.float(), y.repeat(3, 1))
 
 
 @cases("device", ["cpu", "cuda"])

@@ -80,7 +80,7 @@ class State:
         return saved | saved.pop("head") | {"bank": self.bank.rows}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take over a `state_dict`."""
+        """The reverse."""
         saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
         for name in "network", "ema", "optimizer":
             getattr(self, name).load_state_dict(saved[name])
@@ -96,7 +96,7 @@ class Targets:
 
     mix: dict[str, float]  # weights of TERMS
     active: Tensor  # bool [N], in the pool
-    in_use: Tensor  # bool [U], units in the softmax
+    prior: Tensor  # float32 [U], added to logits (arXiv 2007.07314)
     label: Tensor  # int64 [N], unit of the label, or -1
     pseudo: Tensor  # int64 [N], unit of the pseudo-label, or -1
     confidence: Tensor  # float32 [N], of pseudo
@@ -123,8 +123,9 @@ def make_targets(state, pool, mix: dict, votes: Tensor, h, align: bool, generato
         unit, sure = losses.propagate_labels(both, voted, voted >= 0, k=50, temperature=0.1, balance=balance)
         pseudo[members] = unit.masked_fill(unit == unknown, -1)
         confidence[members] = sure.masked_fill(unit == unknown, 0.0)
-    label = torch.where(pool.labelled, votes, -1)
-    return Targets(mix, pool.active, units.in_use(pool.taught), label, pseudo, confidence, clusters)
+    label, prior = torch.where(pool.labelled, votes, -1), units.in_use(pool.taught).float().log()
+    prior[units.unnamed()] = 2 * math.log(max(state.head.reach, 0.2))  # few targets
+    return Targets(mix, pool.active, prior, label, pseudo, confidence, clusters)
 
 
 def train_step(state, dataset, targets: Targets, decay: float, generator, turn: int, index) -> Tensor:
@@ -132,12 +133,12 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
 
     Nothing here waits for the device: it can be a CUDA graph. turn: the part of a large bank to search.
     """
-    mix, in_use, active, bank = targets.mix, targets.in_use, targets.active, state.bank
+    mix, units, active, bank = targets.mix, len(targets.prior), targets.active, state.bank
     views = augment.two_views(dataset.train_x[index], dataset.scale, dataset.flip, dataset.color, generator)
     x = torch.cat(views).contiguous(memory_format=torch.channels_last)  # (2B,3,H,W)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=state.bf16):
         _, z, logits = state.network(x)  # (2B, 128), (2B, U)
-    z1, z2 = z.chunk(2)
+    (z1, z2), logits = z.chunk(2), logits + targets.prior
     index2, terms = index.repeat(2), dict.fromkeys(TERMS, z.new_zeros(()))
 
     if mix["aggregation"] or mix["propagation"]:
@@ -149,13 +150,12 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     if mix["aggregation"]:
         terms["aggregation"] = losses.local_aggregation(z, index2, bank, targets.clusters, near)
     if mix["propagation"]:
-        onehot = losses.one_hot(targets.pseudo[index2], len(in_use))  # (2B, U)
+        onehot = losses.one_hot(targets.pseudo[index2], units)  # (2B, U)
         together = losses.local_aggregation(z, index2, bank, targets.pseudo[None], near, reduction="none")
-        named = losses.supervised(logits, onehot, in_use, reduction="none")  # both (2B)
+        named = losses.supervised(logits, onehot, reduction="none")  # both (2B)
         terms["propagation"] = losses.propagation(together, named, targets.confidence[index2])
     if mix["supervised"]:
-        onehot = losses.one_hot(targets.label[index2], len(in_use))  # (2B, U)
-        terms["supervised"] = losses.supervised(logits, onehot, in_use)
+        terms["supervised"] = losses.supervised(logits, losses.one_hot(targets.label[index2], units))
 
     state.optimizer.zero_grad()
     sum(mix[term] * loss for term, loss in terms.items()).backward()
@@ -164,7 +164,7 @@ def train_step(state, dataset, targets: Targets, decay: float, generator, turn: 
     model.update_ema(state.ema, state.network, decay)
     bank.update(index, z1 + z2)
     if mix["propagation"] or mix["supervised"]:
-        state.head.units.observe(logits.masked_fill(~in_use, -math.inf).softmax(1))
+        state.head.units.observe(logits.softmax(1))
     return torch.stack([*terms.values()]).detach()
 
 
@@ -312,8 +312,7 @@ def evaluate_epoch(args, state, dataset, stage, pool, targets: Targets, h) -> di
             claims, named = grow_prune.claim(test_h, near_h, labelled), taught[test_y]
             if last and named.any():  # claims of training images are higher
                 limit = min(limit, claims[named].quantile(0.05).item())
-            state.answering = dict(labelled=labelled, limit=limit, unnamed=unnamed, temperature=1.0)
-            state.answering["h"] = near_h.half()
+            state.answering = dict(h=near_h.half(), labelled=labelled, limit=limit, unnamed=unnamed)
             if args.curriculum == "gradual":
                 found, present = torch.isin(unit, unit.new_tensor(unnamed)), named | (test_y < stage.classes)
                 row |= evaluate.open_set(claims, limit, found, guess == test_y, named, present)

@@ -181,7 +181,7 @@ def gradual(job: Job) -> Iterator[None]:
     targets = train.Targets(
         mix=stage.mix,
         active=everything,
-        in_use=torch.ones(10, dtype=torch.bool, device=device),
+        prior=torch.zeros(10, device=device),
         label=torch.where(labelled, y, -1),
         pseudo=torch.where(labelled, y, torch.randint_like(y, 10)),
         confidence=torch.rand(job.n, device=device),
