@@ -505,7 +505,7 @@ class HeadManager:
         for unit in sorted({*self.units.unnamed()} - {*self.given}):
             index = (concept == unit).nonzero()[:, 0]  # (n)
             gap, second = two_means(h[index])  # bool (n)
-            if second.sum() >= 20 and gap > 1.3 * usual(len(index)):
+            if second.sum() >= 30 and gap > 1.3 * usual(len(index)):
                 age[unit] = 0  # not recycled for its half
                 new, _ = self.open_unit(pool, UNNAMED, index[second])
                 concept[index[second]] = new
