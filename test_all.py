@@ -1079,7 +1079,6 @@ def test_a_kind_is_found_beside_a_class():
 
 
 def nameless(kinds=5, units=4, wrap=None, truth=True):
-    """A manager, pool, embeddings; 0 to 3 have labels."""
     h, y, labelled = crowd(kinds, 150, 0, 4)
     torch.manual_seed(0)
     h, network, head = F.normalize(h, dim=1), nn.Module(), model.CosineHead(16, units)
@@ -1095,7 +1094,6 @@ def nameless(kinds=5, units=4, wrap=None, truth=True):
 
 
 def open_by_hand(manager, pool, *groups):
-    """Nameless units for groups of images (bool [N])."""
     for group in groups:
         unit, _ = manager.open_unit(pool, UNNAMED, group.nonzero()[:, 0])
         manager.monitor.concept[group] = unit
@@ -1106,7 +1104,6 @@ def happened(manager):
 
 
 def review(manager, pool, h, y):
-    """Merge and split; the units of each nameless kind."""
     manager.review_units(pool, (y < 4).nonzero()[:, 0], h)
     return [manager.monitor.concept[y == kind].unique().tolist() for kind in range(4, int(y.max()) + 1)]
 
@@ -1128,6 +1125,9 @@ def test_every_nameless_kind_gets_a_unit(wrap, truth):
     assert (votes[pool.labelled] == -1).all() and (best == y)[y < 4].float().mean() > 0.9
     told = {(event["class"], event["purity"]) for event in manager.events}
     assert told == ({("e", 1.0), ("f", 1.0)} if truth else {(None, None)})
+    state, mix = Namespace(head=manager, bank=losses.MemoryBank(9, 9)), dict.fromkeys(train.TERMS, 0)
+    prior = train.make_targets(state, pool, mix, votes, h, False, None).prior.tolist()
+    assert prior == [0] * 4 + [approx(2 * math.log(gp.resemblance(h[y < 4], y[y < 4])), abs=0.1)] * 2
     manager.units.age = [3] * 6
     assert (votes == UNKNOWN).any() and not (manager.discover(pool, h) == UNKNOWN).any()
 
@@ -1358,7 +1358,6 @@ def test_figures_are_those_of_float32(call):
 
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory):
-    """A network that knows two colours, found a third; images."""
     torch.manual_seed(0)
     kinds, network = arange(36) // 12, model.build("cnn", 4)
     x = (220 * eye(3)[kinds, :, None, None] + IMAGES[:36] / 13).byte()
@@ -1899,7 +1898,6 @@ def taught_by(x):
 
 @cases("device", ["cpu", "cuda"])
 def test_a_step_never_waits_for_the_device(device, monkeypatch):
-    """A step that asks for a fake value fails."""
     if device == "cuda":
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     with FakeTensorMode(), torch.device(device):
