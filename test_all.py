@@ -1714,7 +1714,7 @@ BAD_VALUES = f"""
 --epochs 2.5 | --epochs: must be int in 1.., not '2.5'
 --image-size 20 | multiple of 8
 --never-named 10 | must fit the 10 classes
---late 3,x, | --late: ['', 'x'] must be classes, and new
+--late 3,x, | --late: ['', 'x'] must be new classes
 --late 3 --known-classes 9 | --late decides --known-classes
 --device warp | --device 'warp' cannot be used
 --inject digits:3 | a class '3' is there already

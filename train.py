@@ -483,7 +483,7 @@ def load(args) -> data.Dataset:
         dataset = data.class_subset(dataset, args.per_class, args.seed)
     late = [args.late] if args.late in own else [*map(str.strip, args.late.split(","))] if args.late else []
     if wrong := {*late} - {*dataset.classes} | {*late} & {*taught}:
-        raise ValueError(f"--late: {sorted(wrong)} must be classes, and new")
+        raise ValueError(f"--late: {sorted(wrong)} must be new classes")
     late += [name for name in dataset.classes[len(own) :] if name not in taught]
     first = [own[c] for c in data.class_order(len(own), args.class_order) if own[c] not in late]
     order, classes = [*dict.fromkeys(taught + first + late)], [*dict.fromkeys(dataset.classes + taught)]
@@ -499,7 +499,7 @@ def load(args) -> data.Dataset:
     for c, name in enumerate(order):
         count = int((y == c).sum())
         if c >= len(taught) and not (count and (dataset.test_y == c).any()):
-            raise ValueError(f"class '{name}' has no {'test' if count else 'training'} image left")
+            raise ValueError(f"class '{name}' has no {'test' if count else 'training'} image; add one")
         few = c < n - args.never_named and count and count * args.label_budget < 0.5
         if few and args.curriculum in ("gradual", "semi", "labels-only"):
             raise ValueError(f"--label-budget {args.label_budget} leaves '{name}' no label of {count}")
