@@ -266,7 +266,7 @@ class ConfusionMonitor:
             cosine = x @ centre
             return (cosine > radius) & (cosine > (x @ classes.T).amax(1))  # and no class more
 
-        # The cosine of two images of a class is about reach**2; where kinds overlap, that is too far.
+        # The cosine of two images of a class is about reach**2; where kinds overlap, that is too wide.
         for radius, rest in (reach**2, again), (reach, again):
             while len(rest):
                 rows = h[rest]
